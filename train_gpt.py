@@ -1,0 +1,1551 @@
+"""Train a ternary GPT for OpenAI's Parameter Golf: 600 s on 8xH100, code and weights in 16,000,000 bytes, scored in bits per byte.
+
+The default is the system of pull request #640 (BitNet b1.58 weights in {-1, 0, 1}, U-Net transformer, NeoMuon) without the
+defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured where.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          the submission: the defaults are the record run
+    NUM_LAYERS=4 MAX_WALLCLOCK_SECONDS=60 python train_gpt.py      one process (GPU or CPU); every setting is a variable
+    EVAL_ONLY=1 ARTIFACT_PATH=model.ptz python train_gpt.py        score an artifact from its bytes alone
+
+The file reads in the order the data flows:
+    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer    7 Training    8 Artifact    9 Evaluation
+    10 Report   11 Main
+
+Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G weights
+that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte (bpb) are
+nats / ln 2 / UTF-8 bytes of the decoded text.
+
+References: BitNet b1.58 arXiv:2402.17764; Muon https://kellerjordan.github.io/posts/muon; YaRN arXiv:2309.00071; GQA
+arXiv:2305.13245; relu^2 arXiv:2109.08668; QK-norm arXiv:2010.04245; parameter-golf pull requests by number (#640).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:  # FlashAttention-3 (Hopper only); without it PyTorch's own attention runs
+    from flash_attn_interface import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
+
+
+class UserError(ValueError):
+    """Something a user can set or supply wrongly; the text names the setting, its value and what was expected."""
+
+
+# ---- 1 Config -------------------------------------------------------------------------------------------------------
+# Environment in, one frozen object out. A setting is the field's name in upper case, no exceptions.
+
+
+def model_setting(default: Any) -> Any:
+    """A field that defines the model: it is stored in the artifact, and evaluation takes it from there."""
+    return field(default=default, metadata={"model": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting. The defaults are the submission; NUM_LAYERS=12 in the environment sets num_layers.
+
+    Names are #640's. A `Literal` with one choice is a switch of #640 whose other values this file does not implement.
+    """
+
+    # run
+    run_id: str = field(default_factory=lambda: time.strftime("run_%Y%m%d_%H%M%S"))
+    seed: int = 42
+    data_path: str = "./data/datasets/fineweb10B_sp8192"
+    tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
+    artifact_path: str = "final_model.ternary.ptz"
+    eval_only: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    compile_mode: Literal["default", "none", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+
+    # budget: whichever of the two ends first drives the schedule
+    max_wallclock_seconds: float = 599.0  # 0: no cap. 599 leaves 1 s for the step that is under way at the end
+    iterations: int = 20_000
+    warmup_steps: int = 5  # untimed steps that compile every shape; weights and optimizers are restored
+
+    # model
+    vocab_size: int = model_setting(8192)
+    num_layers: int = model_setting(10)
+    model_dim: int = model_setting(768)
+    num_heads: int = model_setting(8)
+    num_kv_heads: int = model_setting(4)
+    mlp_mult: int = model_setting(4)
+    embed_dim: int = model_setting(256)  # 0: model_dim, no projections. #640's 254 + 2: rows of 16-byte multiples for the GEMMs
+    activation: Literal["relu2", "relu", "leaky_relu"] = model_setting("relu2")  # relu -> relu2: -.024 bpb (#640, 12 layers)
+    qk_gain_init: float = 2.25
+    tied_embed_init_std: float = 0.005
+    logit_softcap: float = model_setting(10.0)
+    softcap_type: Literal["poly", "tanh"] = model_setting("poly")
+    rope_type: Literal["yarn", "rope"] = model_setting("yarn")
+    rope_base: float = model_setting(5000.0)
+    yarn_max_len: int = model_setting(2048)
+    bitnet_group_size: int = model_setting(128)
+    fp_storage: Literal["FP8", "FP16"] = model_setting("FP8")  # of the embedding table and its two projections
+
+    # data
+    train_batch_tokens: int = 524_288
+    train_seq_len: int = model_setting(1024)
+    micro_batch_tokens: int = 65_536  # largest forward pass of one process, in training and in evaluation
+
+    # optimizer
+    matrix_optimizer: Literal["neomuon", "muon", "muon_plain", "adamw"] = "neomuon"  # muon is #640's name for neomuon
+    matrix_lr: float = 0.04
+    scalar_lr: float = 0.02
+    tied_embed_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_momentum_warmup_start: float = 0.85
+    muon_momentum_warmup_steps: int = 500
+    muon_backend_steps: int = 3  # Newton-Schulz; 3 = 5 in loss at 600 s, 5.7 ms a step faster (#640)
+    muon_wd: float = 0.0
+    adam_lr: float = 0.05  # with adam_wd: only for MATRIX_OPTIMIZER=adamw
+    adam_wd: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.0  # 0: off
+    warmdown_fraction: float = 0.2  # the last part of the budget, in which every learning rate falls linearly to 0
+    z_loss: float = 1e-4  # training only; a reported loss never holds it
+
+    # logs, validation, evaluation
+    train_log_every: int = 200
+    val_loss_every: int = 0  # 0: only after training
+    val_batch_size: int = 524_288  # tokens a step of chunked evaluation, over all processes
+    val_max_tokens: int = 0  # 0: the whole validation split
+    sliding_eval: bool = True
+    sliding_eval_stride: int = 16
+    sliding_batch_size: int = 256  # windows a step and process
+    temp_scaling: bool = True
+    artifact_codec: Literal["auto", "base3", "bitmask"] = "auto"  # auto: the smaller
+
+    # switches of #640's command that stand at "off" there
+    tie_embeddings: Literal[1] = 1
+    attn_proj_type: Literal["standard"] = "standard"
+    logit_head_type: Literal["standard"] = "standard"
+    bigram_hash: Literal[0] = 0
+    mtp_heads: Literal[0] = 0
+    diff_attn: Literal[0] = 0
+    mlp_groups: Literal[0] = 0
+    refiner: Literal[0] = 0
+    smear: Literal[0] = 0
+    training_depth_recurrence: Literal[0, 1] = 0
+    eval_depth_recurrence: Literal[0, 1] = 0
+    seq_len_start: Literal[0] = 0
+    batch_tokens_start: Literal[0] = 0
+    untie_at_fraction: float = 0.0
+    churn_log_every: Literal[0] = 0
+    # companions of those switches: read with #640's command, without effect while the switch is off
+    tversky_num_features: int = 0
+    tversky_feature_pools: int = 0
+    tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
+    refiner_kernel: int = 3
+    seq_schedule_fraction: float = 0.0
+    batch_schedule_fraction: float = 0.33
+    embed_lr: float = 0.6
+    head_lr: float = 0.02
+    corr_weight_lr: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return self.mlp_mult * self.model_dim
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
+        """Read overrides from the environment. A near-miss of a name or a value that does not parse raises UserError."""
+        names = {f.name.upper(): f.name for f in dataclasses.fields(cls)}
+        for key in sorted(env.keys() - names.keys()):
+            # cutoff .85 catches 97-99 % of one-slip typos without alarming on the names usual environments hold
+            if close := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
+                raise UserError(f"{key}={env[key]!r} is not a setting; did you mean {close[0]}?")
+        kinds = get_type_hints(cls)
+        return cls(**{name: parse_setting(key, env[key], kinds[name]) for key, name in names.items() if key in env})
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    def model_settings(self) -> dict[str, str]:
+        """NAME -> text of every setting that defines the model: what the artifact holds."""
+        return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self) if "model" in f.metadata}
+
+
+def parse_setting(key: str, text: str, kind: Any) -> Any:
+    """The value of one environment variable; UserError names the variable, the value and the choices."""
+    if get_origin(kind) is Literal:
+        choices = {str(c): c for c in get_args(kind)}
+        if text in choices:
+            return choices[text]
+        raise UserError(f"{key}={text!r}: expected {'one of ' if len(choices) > 1 else 'only '}{', '.join(choices)}")
+    if kind is bool:
+        if text.lower() in ("0", "1", "false", "true"):
+            return text.lower() in ("1", "true")
+        raise UserError(f"{key}={text!r}: expected 0 or 1")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{key}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{key}={text!r}: expected a finite number")
+    return value
+
+
+AT_LEAST_ONE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bitnet_group_size train_batch_tokens
+    train_seq_len micro_batch_tokens iterations muon_backend_steps train_log_every val_batch_size sliding_eval_stride
+    sliding_batch_size yarn_max_len""".split()
+POSITIVE = "logit_softcap rope_base adam_eps".split()
+NOT_NEGATIVE = """embed_dim warmup_steps max_wallclock_seconds val_loss_every val_max_tokens grad_clip_norm z_loss matrix_lr
+    scalar_lr tied_embed_lr adam_lr adam_wd muon_wd muon_momentum_warmup_steps qk_gain_init tied_embed_init_std seed""".split()
+BELOW_ONE = "muon_momentum muon_momentum_warmup_start beta1 beta2".split()
+
+
+def check_config(cfg: Config) -> None:
+    """Ranges and combinations; raises UserError with the names and values as the user knows them."""
+
+    def need(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{name.upper()}={getattr(cfg, name)!r}: expected {expected}")
+
+    for name in AT_LEAST_ONE:
+        need(getattr(cfg, name) >= 1, name, "at least 1")
+    for name in POSITIVE:
+        need(getattr(cfg, name) > 0, name, "a number above 0")
+    for name in NOT_NEGATIVE:
+        need(getattr(cfg, name) >= 0, name, "0 or more")
+    for name in BELOW_ONE:
+        need(0 <= getattr(cfg, name) < 1, name, "a number in [0, 1)")
+    need(0 <= cfg.warmdown_fraction <= 1, "warmdown_fraction", "a number in [0, 1]")
+    need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
+    need(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", cfg.run_id) is not None, "run_id", "1 to 80 letters, digits or . _ -")
+    need(cfg.vocab_size <= 65_536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)")
+    need(cfg.num_layers <= 1024, "num_layers", "at most 1024")
+    need(cfg.model_dim % cfg.num_heads == 0, "model_dim", f"a multiple of NUM_HEADS={cfg.num_heads}")
+    need(cfg.head_dim % 2 == 0, "model_dim", f"an even MODEL_DIM/NUM_HEADS for rotary embeddings (NUM_HEADS={cfg.num_heads})")
+    need(cfg.num_heads % cfg.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={cfg.num_heads}")
+    need(cfg.model_dim % cfg.bitnet_group_size == 0, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
+    need(cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least TRAIN_SEQ_LEN={cfg.train_seq_len}")
+
+
+# ---- 2 Runtime ------------------------------------------------------------------------------------------------------
+# The processes, the one clock that decides for all of them, and the log.
+
+
+class World:
+    """The processes of the run: one per GPU (nccl) or per CPU process (gloo). One process is the same code with size 1."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
+        self.is_main = rank == 0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
+        """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone without them."""
+        rank, size, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes")
+            device = torch.device("cuda", local_rank)  # LOCAL_RANK, never RANK: there may be several machines
+            torch.cuda.set_device(device)
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        return cls(rank, size, device)
+
+    @staticmethod
+    def speaks(env: Mapping[str, str] = os.environ) -> bool:
+        """Whether this process prints: known before, and even if, the processes cannot join."""
+        return env.get("RANK", "0") == "0"
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value on every process; through gloo, so that the GPU's queue is not drained."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, src=0)
+        return box.item()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(n, ...) on each process -> (size * n, ...) on all, in rank order."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(self.size * x.size(0), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    def share_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every process (no shared disk needed)."""
+        if self.size == 1:
+            return data
+        size = int(self.agree(len(data)))
+        box = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.is_main else torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(box, src=0)
+        return box.numpy().tobytes()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Clock:
+    """Training seconds since the start, without what ran inside `paused()`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._start = self._now()
+
+    def _now(self) -> float:
+        self._world.synchronize()
+        return time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds by the host's clock, without waiting for the GPU (the loop keeps it at most one step ahead)."""
+        return time.perf_counter() - self._start
+
+    def finish(self) -> float:
+        """Seconds until everything queued so far is done."""
+        return self._now() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = self._now()
+        yield
+        self._start += self._now() - before
+
+
+class Log:
+    """Rank 0's record: logs/<RUN_ID>.txt and the console. A log that is already there is kept under a numbered name."""
+
+    def __init__(self, cfg: Config, world: World, folder: str = "logs") -> None:
+        self._file = None
+        self._terminal = world.is_main and sys.stderr.isatty()
+        if world.is_main:
+            path = Path(folder) / f"{cfg.run_id}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                number = next(n for n in itertools.count(1) if not path.with_name(f"{cfg.run_id}.{n}.txt").exists())
+                path.rename(path.with_name(f"{cfg.run_id}.{number}.txt"))
+            self._file = open(path, "w", encoding="utf-8", buffering=1)
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if self._file is None:
+            return
+        print(line, file=self._file)
+        if console:
+            self.progress("")
+            print(line, flush=True)
+
+    def progress(self, text: str) -> None:
+        """One line that is written over, on a terminal only."""
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+
+class Reading:
+    """A device scalar on its way to the host: `get()` waits for this value, not for what was queued after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        self._value = value.detach().clone()
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.item()
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def compiled(function: Callable, cfg: Config, world: World) -> Callable:
+    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU."""
+    if world.device.type != "cuda" or cfg.compile_mode == "none":
+        return function
+    torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
+    return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all: an earlier one survives a full disk or a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---- 3 Data ---------------------------------------------------------------------------------------------------------
+# Shards in, (B, T) batches out: each process a disjoint part of the same stream, the next batch ready before it is asked for.
+# Shard: 256 little-endian int32 (20240520, 1, token count, zeros), then the tokens as uint16.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+def load_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped: (count,) uint16. UserError unless header and length agree."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=3)
+    if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: not a token shard: expected the header ({SHARD_MAGIC}, {SHARD_VERSION}, count), found {header.tolist()}")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if header[2] < 1 or size != expected:
+        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens, that is {expected} bytes")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+class TokenStream:
+    """All shards of a split as one array of tokens, read by position; ids are checked where they are read."""
+
+    def __init__(self, cfg: Config, split: str) -> None:
+        self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
+        if not self.paths:
+            raise FileNotFoundError(f"DATA_PATH={cfg.data_path!r}: no fineweb_{split}_*.bin there; see README, section Data")
+        self._shards = [load_shard(path) for path in self.paths]
+        self._ends = np.cumsum([len(s) for s in self._shards])
+        self._vocab_size = cfg.vocab_size
+        self.num_tokens = int(self._ends[-1])
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens from `position` on, across shard borders and, past the end, from the start again."""
+        parts = []
+        while count:
+            at = position % self.num_tokens
+            shard = int(np.searchsorted(self._ends, at, side="right"))
+            start = at - (int(self._ends[shard]) - len(self._shards[shard]))
+            part = self._shards[shard][start : start + count]
+            if (largest := int(part.max())) >= self._vocab_size:
+                raise UserError(f"{self.paths[shard]}: token {largest} at {start}..{start + len(part)}, but VOCAB_SIZE={self._vocab_size}")
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return np.concatenate(parts)
+
+
+class Batches:
+    """Training batches. A step reads the next B*T tokens of the stream (and one more: the last target), of which each
+    process takes an equal run of sequences; the batch is the same whatever the number of processes."""
+
+    def __init__(self, stream: TokenStream, world: World) -> None:
+        self._stream, self._world = stream, world
+        self._position = 0  # tokens consumed so far
+        self._worker = ThreadPoolExecutor(1)
+        self._ahead: tuple | None = None  # ((position, sequences, seq_len), future)
+
+    @property
+    def epoch(self) -> int:
+        """1 while the stream is read for the first time."""
+        return 1 + self._position // self._stream.num_tokens
+
+    def state(self) -> dict[str, int]:
+        return {"position": self._position}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+    def next(self, sequences: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        """x, y: (sequences / world size, seq_len) int64 on the device; y is x shifted by one token."""
+        wanted = (self._position, sequences, seq_len)
+        batch = self._ahead[1].result() if self._ahead and self._ahead[0] == wanted else self._load(*wanted)
+        self._position += sequences * seq_len
+        ahead = (self._position, sequences, seq_len)
+        self._ahead = (ahead, self._worker.submit(self._load, *ahead))
+        x, y = (t.to(self._world.device, non_blocking=True) for t in batch)
+        return x, y
+
+    def _load(self, position: int, sequences: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        # every process reads the whole span: a bad token is then seen, and reported, by all of them at the same step
+        tokens = self._stream.read(position, sequences * seq_len + 1)
+        share = sequences // self._world.size * seq_len
+        mine = torch.from_numpy(tokens[self._world.rank * share :][: share + 1].astype(np.int64))
+        pair = mine[:-1].view(-1, seq_len), mine[1:].view(-1, seq_len)
+        return tuple(t.pin_memory() for t in pair) if self._world.device.type == "cuda" else pair
+
+
+# ---- 4 Ternary format -----------------------------------------------------------------------------------------------
+# What a stored weight is, and its bytes. Pure functions; training, export, diagnostics and tests call the same ones.
+
+
+def ternarize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """BitNet b1.58 (arXiv:2402.17764): codes (groups, G) in {-1, 0, 1} and one scale (groups, 1) per G weights in a row.
+
+    The scale is the mean magnitude rounded to float16, the precision it is stored in: what is trained is what is stored.
+    """
+    groups = w.float().reshape(-1, group_size)
+    scale = groups.abs().mean(-1, keepdim=True).half().float().clamp_min(2.0**-14)  # smallest normal float16
+    return (groups / scale).round().clamp(-1, 1), scale
+
+
+def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes (as w) and one scale: the power of two that brings the largest weight just under 448, e4m3's largest.
+
+    A power of two rounds nothing, so codes * scale is exact in bfloat16 too.
+    """
+    scale = torch.exp2(torch.ceil(torch.log2(w.abs().amax().float().clamp_min(1e-30) / 448)))
+    return (w.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the stored value, exactly. Backward: the gradient as it is, to the latent one (arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
+        return stored.view_as(stored)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return g, None
+
+
+def as_stored(control: Tensor) -> Tensor:
+    """A control (gain, scale, bias, mix) at its stored precision, float16."""
+    return StraightThrough.apply(control, control.detach().half().float())
+
+
+def pack_base3(codes: np.ndarray) -> bytes:
+    """Five trits a byte: sum of (code + 1) * 3^j, j = 0..4; the last byte is filled up with digit 0. 1.6 bits a weight."""
+    digits = np.zeros(-(-codes.size // 5) * 5, dtype=np.uint8)
+    digits[: codes.size] = codes + 1
+    return (digits.reshape(-1, 5) @ np.array([1, 3, 9, 27, 81], dtype=np.uint8)).astype(np.uint8).tobytes()
+
+
+def unpack_base3(data: bytes, count: int) -> np.ndarray:
+    """Inverse of pack_base3: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
+    packed = np.frombuffer(data, dtype=np.uint8)
+    if packed.size != -(-count // 5) or (packed.size and packed.max() > 242):
+        raise ValueError("not a base-3 packing")
+    digits = np.empty((packed.size, 5), dtype=np.uint8)
+    for j in range(5):
+        packed, digits[:, j] = np.divmod(packed, np.uint8(3))
+    digits = digits.reshape(-1)
+    if digits[count:].any():
+        raise ValueError("not a base-3 packing: padding is not zero")
+    return digits[:count].astype(np.int8) - 1
+
+
+def pack_bitmask(codes: np.ndarray) -> bytes:
+    """One bit a weight (is it nonzero?), then one bit a nonzero weight (is it +1?). 2 - zero fraction bits a weight."""
+    return np.packbits(codes != 0).tobytes() + np.packbits(codes[codes != 0] > 0).tobytes()
+
+
+def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
+    """Inverse of pack_bitmask: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
+    packed, mask_bytes = np.frombuffer(data, dtype=np.uint8), -(-count // 8)
+    mask = np.unpackbits(packed[:mask_bytes])
+    nonzero = int(mask.sum())
+    signs = np.unpackbits(packed[mask_bytes:])
+    if packed.size != mask_bytes + -(-nonzero // 8) or mask[count:].any() or signs[nonzero:].any():
+        raise ValueError("not a bitmask packing")
+    codes = np.zeros(count, dtype=np.int8)
+    codes[mask[:count].astype(bool)] = 2 * signs[:nonzero].astype(np.int8) - 1
+    return codes
+
+
+CODECS = {"base3": (pack_base3, unpack_base3), "bitmask": (pack_bitmask, unpack_bitmask)}
+
+
+# ---- 5 Model --------------------------------------------------------------------------------------------------------
+# Tokens (B, T) in, nats per token (B, T) out. Every weight enters the forward pass at the precision it is stored in.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)  # PyTorch's default eps differs by dtype: 0.0078 in bfloat16
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding, or #640's YaRN variant: a fixed spectrum whose low frequencies are divided by up to
+    yarn_max_len / train_seq_len."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+        frequency = cfg.rope_base**-i
+        if cfg.rope_type == "yarn":
+            ramp = ((i - 0.25) / 0.75).clamp(0, 1)
+            frequency = frequency / (1 + ramp * (cfg.yarn_max_len / cfg.train_seq_len - 1))
+        angle = torch.outer(torch.arange(cfg.train_seq_len, dtype=torch.float64), frequency)[:, None]  # (T, 1, C/2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = (t[: x.size(1)].to(x.dtype) for t in (self.cos, self.sin))
+        a, b = x.chunk(2, dim=-1)  # (B, T, H, C/2)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def flash_attention_3(cfg: Config) -> Callable | None:
+    """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return flash_attn_func if hopper and cfg.precision != "fp32" else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by PyTorch: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def attention_backends(device: torch.device) -> contextlib.AbstractContextManager:
+    """cuDNN's attention first on Hopper, where PyTorch would take the slower FlashAttention-2; elsewhere PyTorch's choice."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+class Role(NamedTuple):
+    """What a parameter's owner decides for it: its optimizer and its form in the artifact."""
+
+    optimizer: Literal["matrix", "table", "control"]
+    storage: Literal["ternary", "table", "control"]
+
+
+class QuantizedLinear(nn.Module):
+    """A bias-free matrix (out, in) that is used as it will be stored. `frozen` (set by load_artifact): it already is."""
+
+    role: Role
+    frozen = False
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def rounded(self) -> Tensor:
+        """The weight as it would come back from the artifact: float32, detached."""
+        raise NotImplementedError
+
+    def stored_weight(self) -> Tensor:
+        return self.weight if self.frozen else StraightThrough.apply(self.weight, self.rounded())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.stored_weight().to(x.dtype))
+
+
+class TernaryLinear(QuantizedLinear):
+    role = Role("matrix", "ternary")
+
+    def __init__(self, in_dim: int, out_dim: int, group_size: int, init_std: float = 0.02) -> None:
+        super().__init__(in_dim, out_dim)
+        self.group_size = group_size
+        nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
+
+    def rounded(self) -> Tensor:
+        codes, scale = ternarize(self.weight.detach(), self.group_size)
+        return (codes * scale).view_as(self.weight)
+
+
+class TableProjection(QuantizedLinear):
+    """A projection between embedding and model width: under Muon like the ternary matrices, stored like the table (#640)."""
+
+    role = Role("matrix", "table")
+
+    def __init__(self, in_dim: int, out_dim: int, fp_storage: str) -> None:
+        super().__init__(in_dim, out_dim)
+        self.fp_storage = fp_storage
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear
+
+    def rounded(self) -> Tensor:
+        if self.fp_storage == "FP16":
+            return self.weight.detach().half().float()
+        codes, scale = round_fp8(self.weight.detach())
+        return codes.float() * scale
+
+
+class Table(TableProjection):
+    """The tied embedding (V, E): rows for the input, the same rounded rows for the output."""
+
+    role = Role("table", "table")
+
+    def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
+        super().__init__(dim, vocab_size, fp_storage)
+        nn.init.normal_(self.weight, std=init_std)
+
+
+ACTIVATIONS = {
+    "relu2": lambda x: F.relu(x).square(),
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
+}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalized queries and keys and one fused ternary projection."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.heads, self.head_dim = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), cfg.head_dim
+        self.qkv = TernaryLinear(cfg.model_dim, sum(self.heads) * cfg.head_dim, cfg.bitnet_group_size)
+        self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg.bitnet_group_size, init_std=0)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.rotary = Rotary(cfg)
+        self.flash = flash_attention_3(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H | K | K, C)
+        q = self.rotary(rms_norm(q)) * as_stored(self.q_gain).to(x.dtype)[:, None]
+        k = self.rotary(rms_norm(k))
+        if x.is_cuda and self.flash is not None:
+            y = self.flash(q, k, v, causal=True)
+            y = y[0] if isinstance(y, tuple) else y  # early releases return the log-sum-exp too
+        else:
+            y = attend(q, k, v)
+        return self.out(rms_norm(y.flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.up = TernaryLinear(cfg.model_dim, cfg.mlp_hidden, cfg.bitnet_group_size)
+        self.down = TernaryLinear(cfg.mlp_hidden, cfg.model_dim, cfg.bitnet_group_size, init_std=0)
+        self.activation = ACTIVATIONS[cfg.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(rms_norm(self.activation(self.up(x))))
+
+
+class Block(nn.Module):
+    """Mix in the embedding, then attention and MLP, each on the normalized stream and scaled per channel."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(cfg), MLP(cfg)
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        mix, attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        x = mix[0] * x + mix[1] * x0
+        x = x + attn_scale * self.attention(rms_norm(x))
+        return x + mlp_scale * self.mlp(rms_norm(x))
+
+
+class PolySoftcap(torch.autograd.Function):
+    """s * clip(u - u^3/3 + u^5/15, -1, 1), u = clip(logits/s, -2, 2): #640's bounded logits (not tanh's Taylor series, whose
+    last term is 2/15). Written out, since autograd would keep five (B, T, V) tensors where one is enough."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
+        u = (logits / cap).clamp(-2, 2)
+        ctx.save_for_backward(u)
+        u2 = u * u
+        return ((u2 / 15 - 1 / 3) * u2 + 1).mul(u).clamp(-1, 1).mul(cap)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        u2 = u * u
+        inside = ((u2 / 15 - 1 / 3) * u2 + 1).mul(u).abs() < 1
+        return ((u2 / 3 - 1) * u2 + 1).mul(g).mul(inside), None
+
+
+SOFTCAPS = {"poly": PolySoftcap.apply, "tanh": lambda logits, cap: cap * torch.tanh(logits / cap)}
+
+
+class GPT(nn.Module):
+    """U-Net transformer with a factored tied embedding. `model(x, y)` gives the nats of each target: (B, T), (B, T) -> (B, T)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.embed_dim or cfg.model_dim
+        self.table = Table(cfg.vocab_size, width, cfg.fp_storage, cfg.tied_embed_init_std)
+        self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
+        self.embed_out = TableProjection(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
+        self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.softcap = SOFTCAPS[cfg.softcap_type]
+        self.register_buffer("temperature", torch.ones(()))  # saved; divides the logits of the sliding score only
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them."""
+        dtype = compute_dtype(self.cfg.precision, idx.device)
+        x = x0 = rms_norm(self.embed_in(F.embedding(idx, self.table.stored_weight()).to(dtype)))
+        skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
+        encoder_layers = len(self.blocks) // 2  # an odd number makes the decoder the larger half
+        for i, block in enumerate(self.blocks):
+            if i >= encoder_layers and skips:
+                x = x + skip_weights[i - encoder_layers] * skips.pop()
+            x = block(x, x0)
+            if i < encoder_layers:
+                skips.append(x)
+        return rms_norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Softcapped logits, float32: (..., D) -> (..., V)."""
+        return self.softcap(self.table(self.embed_out(h)).float() + as_stored(self.vocab_bias), self.cfg.logit_softcap)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return token_nats(self.logits(self.hidden(x)), y)[0]
+
+
+def token_nats(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each target and the log-sum-exp behind it, in nats: (..., V), (...) -> (...), (...)."""
+    lse = logits.logsumexp(-1)
+    return lse - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1), lse
+
+
+def parameter_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, Role]]:
+    """(name, owner, parameter, role) of every parameter, in the order of the artifact. The owner's class decides the role."""
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix, recurse=False):
+            yield name, module, p, getattr(module, "role", Role("control", "control"))
+
+
+def zero_fraction(model: nn.Module) -> float:
+    """Share of zeros among the ternary codes."""
+    zeros = total = 0
+    for _, module, p, role in parameter_owners(model):
+        if role.storage == "ternary":
+            zeros += int((ternarize(p.detach(), module.group_size)[0] == 0).sum())
+            total += p.numel()
+    return zeros / total
+
+
+# ---- 6 Optimizer ----------------------------------------------------------------------------------------------------
+# Matrices under NeoMuon, the embedding table and the controls under Adam; learning rates from one pure schedule.
+
+
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), roughly: Newton-Schulz with Muon's quintic.
+
+    Singular values come out between 0.7 and 1.2 after 5 steps; bfloat16 on a GPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g
+    wide = x.size(-2) <= x.size(-1)
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return x if wide else x.mT
+
+
+class NeoMuon(torch.optim.Optimizer):
+    """Muon whose Nesterov update is normalized row by row before it is orthogonalized (#640; MuonEq-R, #1394).
+
+    One group a shape: its matrices are stacked, shared out among the processes, updated in one batch and gathered.
+    Gradients must be summed over the processes before `step`.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], cfg: Config, world: World) -> None:
+        shapes = list(dict.fromkeys(p.shape for p in matrices))
+        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
+        self._world, self._row_norm, self._weight_decay = world, cfg.matrix_optimizer != "muon_plain", cfg.muon_wd
+        self._orthogonalize = compiled(functools.partial(orthogonalize, steps=cfg.muon_backend_steps), cfg, world)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = group["params"]
+            share = -(-len(params) // self._world.size)  # matrices a process; the last ones may have fewer
+            mine = params[self._world.rank * share :][:share]
+            updates = params[0].new_zeros(share, *params[0].shape)
+            if mine:
+                updates[: len(mine)] = self._update(torch.stack([p.grad for p in mine]), self.state[params[0]], group["momentum"])
+            updates = self._world.gather(updates)[: len(params)]
+            if self._weight_decay:
+                torch._foreach_mul_(params, 1 - group["lr"] * self._weight_decay)
+            torch._foreach_add_(params, list(updates), alpha=-group["lr"])
+
+    def _update(self, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+        """(n, rows, columns) gradients -> updates; `state` holds their momentum."""
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(g)
+        buffer = state["momentum"]
+        buffer.mul_(momentum).add_(g)
+        u = g.add(buffer, alpha=momentum)
+        if self._row_norm:
+            u = u * u.square().mean(-1, keepdim=True).add_(1e-20).rsqrt_()  # a row without gradient stays 0
+        return self._orthogonalize(u).to(g.dtype) * max(1, g.size(-2) / g.size(-1)) ** 0.5
+
+
+def build_optimizers(model: nn.Module, cfg: Config, world: World) -> list[torch.optim.Optimizer]:
+    """Every parameter in exactly one optimizer, by its role. Groups carry `base_lr`, which the schedule scales."""
+    roles: dict[str, list[nn.Parameter]] = {"matrix": [], "table": [], "control": []}
+    for _, _, p, role in parameter_owners(model):
+        roles[role.optimizer].append(p)
+
+    def adam(name: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        group = {"params": roles[name], "lr": lr, "base_lr": lr}
+        return torch.optim.AdamW([group], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=weight_decay, fused=True)
+
+    adamw = cfg.matrix_optimizer == "adamw"
+    matrices = adam("matrix", cfg.adam_lr, cfg.adam_wd) if adamw else NeoMuon(roles["matrix"], cfg, world)
+    optimizers = [matrices, adam("table", cfg.tied_embed_lr), adam("control", cfg.scalar_lr)]
+    grouped = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
+    return optimizers
+
+
+class Stage(NamedTuple):
+    """What the schedule sets for a step."""
+
+    lr_scale: float
+    momentum: float
+
+
+def schedule(cfg: Config, step: int, progress: float) -> Stage:
+    """Constant learning rates, then linear to 0 over the last warmdown_fraction of the budget; momentum warms up by steps."""
+    lr_scale = min(1.0, (1 - progress) / cfg.warmdown_fraction) if cfg.warmdown_fraction else 1.0
+    warm = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+    return Stage(lr_scale, (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum)
+
+
+def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group["lr"] = group["base_lr"] * stage.lr_scale
+        if "momentum" in group:
+            group["momentum"] = stage.momentum
+
+
+# ---- 7 Training -----------------------------------------------------------------------------------------------------
+# Batches in, a trained model and the figures of the run out. One flat loop; one progress for clock and step limits.
+
+
+def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
+    """(micro-batches, sequences a micro-batch) of one process: the fewest that fit MICRO_BATCH_TOKENS and divide evenly."""
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
+    if sequences % world_size:
+        divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:2])
+        raise UserError(
+            f"WORLD_SIZE={world_size} must divide the {sequences} sequences of a step (TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
+            f"TRAIN_SEQ_LEN={cfg.train_seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
+        )
+    share, largest = sequences // world_size, max(1, cfg.micro_batch_tokens // cfg.train_seq_len)
+    micro = max(n for n in range(1, min(share, largest) + 1) if share % n == 0)
+    return share // micro, micro
+
+
+def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(what is minimized, cross entropy), both summed over the tokens."""
+    nats, lse = token_nats(model.logits(model.hidden(x)), y)
+    return nats.sum() + z_loss * lse.square().sum(), nats.detach().sum()
+
+
+class Gradients:
+    """All gradients, and the loss, in one flat buffer: no allocation a step, and one reduction for all of them."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        params = list(model.parameters())
+        self._world = world
+        self._flat = torch.zeros(sum(p.numel() for p in params) + 1, device=world.device)
+        self.loss = self._flat[-1]
+        offset = 0
+        for p in params:
+            p.grad = self._flat[offset : offset + p.numel()].view_as(p)
+            offset += p.numel()
+
+    def compute(self, loss_function: Callable, x: Tensor, y: Tensor, micro_batches: int) -> None:
+        """Mean gradient and mean loss of the step over the tokens of all processes."""
+        self._flat.zero_()
+        tokens = x.numel() * self._world.size
+        for micro_x, micro_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+            loss, nats = loss_function(micro_x, micro_y)
+            (loss / tokens).backward()
+            self.loss += nats / tokens
+        self._world.sum_(self._flat)
+
+    def clip(self, max_norm: float) -> None:
+        norm = self._flat[:-1].norm()
+        self._flat[:-1] *= (max_norm / (norm + 1e-6)).clamp_max(1)
+
+
+CALIBRATION_TOKENS = 65_536
+TEMPERATURES = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+
+
+@torch.no_grad()
+def calibrate_temperature(model: GPT, x: Tensor, y: Tensor, world: World) -> float:
+    """The logits' best divisor on training tokens, at positions with at least half a window before them, as in the
+    sliding score. The grid's minimum, refined by the parabola through its neighbours."""
+    nats = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=x.device)
+    for i in range(0, x.size(0), step := max(1, model.cfg.micro_batch_tokens // x.size(1))):
+        half = x.size(1) // 2
+        logits, targets = model.logits(model.hidden(x[i : i + step])[:, half:]), y[i : i + step, half:]
+        nats += torch.stack([token_nats(logits / t, targets)[0].sum(dtype=torch.float64) for t in TEMPERATURES])
+    losses = world.sum_(nats).tolist()
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if best in (0, len(losses) - 1):
+        return TEMPERATURES[best]
+    left, middle, right = losses[best - 1 : best + 2]
+    spacing = TEMPERATURES[1] - TEMPERATURES[0]
+    return TEMPERATURES[best] + spacing * (left - right) / max(2 * (left - 2 * middle + right), 1e-12)
+
+
+def calibration_sequences(cfg: Config, world: World) -> int:
+    """Sequences for the temperature over all processes: 65,536 tokens, fewer where a step is small."""
+    wanted = min(CALIBRATION_TOKENS, 4 * cfg.train_batch_tokens) // cfg.train_seq_len
+    return max(1, wanted // world.size) * world.size
+
+
+def warm_up(model: GPT, cfg: Config, world: World, take_step: Callable[[Tensor, Tensor], None], optimizers: list) -> float:
+    """Compile every shape of the loop on random tokens, before the clock starts; weights and optimizers are restored.
+
+    Returns the seconds that the temperature takes, which the loop leaves free at its end.
+    """
+    weights = [p.detach().clone() for p in model.parameters()]
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len // world.size
+    tokens = functools.partial(torch.randint, cfg.vocab_size, device=world.device)
+    for _ in range(cfg.warmup_steps):
+        take_step(tokens((sequences, cfg.train_seq_len)), tokens((sequences, cfg.train_seq_len)))
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), weights, strict=True):
+            p.copy_(w)
+    for opt in optimizers:
+        opt.state.clear()
+    if not cfg.temp_scaling:
+        return 0.0
+    x = tokens((calibration_sequences(cfg, world) // world.size, cfg.train_seq_len))
+    calibrate_temperature(model, x, x, world)  # the first call also loads kernels
+    start = Clock(world)
+    calibrate_temperature(model, x, x, world)
+    return world.agree(start.finish())
+
+
+def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
+    """Train until the wall clock or ITERATIONS ends the run; sets `model.temperature`; returns the figures of the run."""
+    micro_batches, micro = batch_layout(cfg, world.size)
+    sequences = micro_batches * micro * world.size
+    optimizers, grads = build_optimizers(model, cfg, world), Gradients(model, world)
+    loss_function = compiled(functools.partial(training_loss, model, z_loss=cfg.z_loss), cfg, world)
+
+    def take_step(x: Tensor, y: Tensor) -> None:
+        grads.compute(loss_function, x, y, micro_batches)
+        if cfg.grad_clip_norm:
+            grads.clip(cfg.grad_clip_norm)
+        for opt in optimizers:
+            opt.step()
+
+    batches = Batches(TokenStream(cfg, "train"), world)
+    reserve_s = warm_up(model, cfg, world, take_step, optimizers)
+    log(f"warmup:{cfg.warmup_steps} steps, temperature reserve {1000 * reserve_s:.0f}ms")
+    budget_s = max(cfg.max_wallclock_seconds - reserve_s, 1e-9) if cfg.max_wallclock_seconds else math.inf
+
+    losses: list[float] = []
+    pending, epoch = None, 1
+    clock = Clock(world)
+    for step in itertools.count():
+        # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
+        progress = world.agree(max(clock.elapsed() / budget_s, step / cfg.iterations))
+        if progress >= 1:
+            break
+        if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
+            with clock.paused():
+                val_loss, val_bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
+            log(f"step:{step}/{cfg.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} train_time:{1000 * clock.elapsed():.0f}ms")
+        if batches.epoch > epoch:
+            epoch = batches.epoch
+            log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
+        apply_stage(optimizers, schedule(cfg, step, progress))
+        take_step(*batches.next(sequences, cfg.train_seq_len))
+        # the loss of the step before is on the host by now: waiting for it keeps the GPU's queue at one step
+        pending, finished = Reading(grads.loss), pending
+        if finished:
+            losses.append(finished.get())
+            report_step(cfg, log, losses, clock.elapsed(), progress)
+    losses.append(pending.get())
+    report_step(cfg, log, losses, clock.elapsed(), progress)
+    if cfg.temp_scaling:
+        x, y = batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
+        model.temperature.fill_(calibrate_temperature(model, x, y, world))
+    train_time_s = world.agree(clock.finish())
+    if step < cfg.iterations:
+        log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
+    check_replicas(model, world)
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * train_time_s / step,
+            "first_losses": losses[:20]}
+
+
+def report_step(cfg: Config, log: Log, losses: list[float], elapsed_s: float, progress: float) -> None:
+    """Log line of the newest loss, if it is its turn; every process stops at a loss that is not finite."""
+    step, loss = len(losses), losses[-1]
+    if not math.isfinite(loss):
+        raise UserError(f"training diverged: loss {loss} at step {step}; try a lower MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}")
+    figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{1000 * elapsed_s:.0f}ms avg:{1000 * elapsed_s / step:.1f}ms"
+    if step <= 5 or step % cfg.train_log_every == 0:
+        log(figures)
+    log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
+
+
+def check_replicas(model: nn.Module, world: World) -> None:
+    """Every process must hold the same weights, bit for bit: an integer checksum of each is compared."""
+    total = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters())
+    if len(set(world.gather(total.view(1)).tolist())) > 1:
+        raise RuntimeError("the processes' weights have drifted apart")
+
+
+# ---- 8 Artifact -----------------------------------------------------------------------------------------------------
+# The model as bytes, and back. The model's definition is the schema: streams hold the parameters in its order, without names.
+#
+#   bytes      what
+#   4          magic "TGPT"
+#   2          version, uint16 little-endian like every number here
+#   2          length of the header text
+#   32         SHA-256 of everything after this field
+#   ...        header text: one NAME=value line for each model setting, then codec=base3 or codec=bitmask
+#   4 x 8      for each stream: raw length, compressed length (uint32)
+#   ...        stream trits: the codes of all ternary matrices, packed by the codec
+#   ...        stream scales: float16, one for each group of BITNET_GROUP_SIZE codes
+#   ...        stream tables: FP8: for each table one int8, the scale's exponent of 2, then its e4m3 bytes; FP16: float16
+#   ...        stream controls: float16, then the temperature as float32
+#
+# Every stream is raw LZMA2. Nothing may follow the last one.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TGPT", 1
+ARTIFACT_PREFIX = struct.Struct("<4sHH32s")
+STREAM_LENGTHS = struct.Struct("<8I")
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 0, "lp": 0, "pb": 0}]
+LZMA_LARGEST_RATIO = 8_000  # LZMA cannot expand further: a header that claims more is lying
+
+
+class ArtifactError(UserError):
+    """The bytes are not a whole, valid artifact."""
+
+
+def compress(raw: bytes) -> bytes:
+    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def decompress(data: bytes, raw_length: int) -> bytes:
+    """Exactly `raw_length` bytes, or ArtifactError; never more memory than that."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    try:
+        raw = decoder.decompress(data, max_length=raw_length + 1)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"a stream does not decompress: {error}") from None
+    if len(raw) != raw_length or not decoder.eof or decoder.unused_data:
+        raise ArtifactError(f"a stream does not hold the {raw_length} bytes its length promises")
+    return raw
+
+
+def table_bytes(w: Tensor, fp_storage: str) -> bytes:
+    if fp_storage == "FP16":
+        return w.half().numpy().tobytes()
+    codes, scale = round_fp8(w)
+    return struct.pack("b", round(math.log2(scale.item()))) + codes.view(torch.uint8).numpy().tobytes()
+
+
+def save_artifact(model: GPT, cfg: Config) -> bytes:
+    """The trained model as bytes; the same weights give the same bytes (with the same liblzma). ValueError if not finite."""
+    trits, scales, tables, controls = [], [], [], []
+    for name, module, p, role in parameter_owners(model):
+        w = p.detach().float().cpu()
+        if not torch.isfinite(w).all():
+            raise ValueError(f"{name} holds values that are not finite: nothing is exported")
+        if role.storage == "ternary":
+            codes, scale = ternarize(w, module.group_size)
+            trits.append(codes.to(torch.int8).flatten().numpy())
+            scales.append(scale.half().numpy().tobytes())
+        elif role.storage == "table":
+            tables.append(table_bytes(w, cfg.fp_storage))
+        else:
+            controls.append(w.half().numpy().tobytes())
+    controls.append(struct.pack("<f", model.temperature.item()))
+    codes = np.concatenate(trits)
+    names = list(CODECS) if cfg.artifact_codec == "auto" else [cfg.artifact_codec]
+    raw = [CODECS[name][0](codes) for name in names] + [b"".join(parts) for parts in (scales, tables, controls)]
+    with ThreadPoolExecutor() as pool:  # LZMA releases the interpreter
+        packed = list(pool.map(compress, raw))
+    best = min(range(len(names)), key=lambda i: len(packed[i]))
+    keep = [best, *range(len(names), len(raw))]
+    header = "\n".join([*(f"{k}={v}" for k, v in cfg.model_settings().items()), f"codec={names[best]}"]).encode()
+    lengths = STREAM_LENGTHS.pack(*(n for i in keep for n in (len(raw[i]), len(packed[i]))))
+    body = header + lengths + b"".join(packed[i] for i in keep)
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest()) + body
+
+
+def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
+    """(config, codec, [(raw length, compressed bytes)] of the four streams); ArtifactError unless every byte is accounted for."""
+    if len(blob) < ARTIFACT_PREFIX.size or blob[:4] != ARTIFACT_MAGIC:
+        raise ArtifactError("not an artifact of train_gpt.py (its first bytes are not TGPT)")
+    _, version, header_length, digest = ARTIFACT_PREFIX.unpack_from(blob)
+    if version != ARTIFACT_VERSION:
+        raise ArtifactError(f"artifact version {version}; this train_gpt.py reads version {ARTIFACT_VERSION}")
+    body = blob[ARTIFACT_PREFIX.size :]
+    if hashlib.sha256(body).digest() != digest:
+        raise ArtifactError("the artifact is damaged: its SHA-256 does not match (truncated, extended or changed)")
+    try:
+        settings = dict(line.split("=", 1) for line in body[:header_length].decode().split("\n"))
+        codec = settings.pop("codec")
+        cfg = Config.from_env(settings)
+        lengths = STREAM_LENGTHS.unpack_from(body, header_length)
+    except (ValueError, KeyError, struct.error) as error:
+        raise ArtifactError(f"the artifact's header is not valid: {error}") from None
+    if codec not in CODECS or settings.keys() != cfg.model_settings().keys():
+        raise ArtifactError("the artifact's header is not valid: not the model settings and codec of this version")
+    raw_lengths, packed_lengths = lengths[::2], lengths[1::2]
+    ends = [header_length + STREAM_LENGTHS.size + n for n in itertools.accumulate((0, *packed_lengths))]
+    if ends[-1] != len(body) or any(raw > LZMA_LARGEST_RATIO * packed for raw, packed in zip(raw_lengths, packed_lengths, strict=True)):
+        raise ArtifactError("the artifact's stream lengths do not add up")
+    return cfg, codec, [(raw, body[a:b]) for raw, a, b in zip(raw_lengths, ends, ends[1:], strict=False)]
+
+
+def load_artifact(blob: bytes) -> tuple[GPT, Config]:
+    """A fresh, frozen model on the CPU and its config (model settings from the artifact, the rest defaults).
+
+    ArtifactError (a ValueError) for anything that is not a whole, valid artifact; no code in it can run.
+    """
+    cfg, codec, streams = read_container(blob)
+    with torch.device("meta"):  # shapes only: what the header claims is checked before anything is allocated
+        owners = [(module, p.numel(), role) for _, module, p, role in parameter_owners(GPT(cfg))]
+    count = {kind: sum(n for _, n, role in owners if role.storage == kind) for kind in ("ternary", "table", "control")}
+    num_tables = sum(role.storage == "table" for _, _, role in owners)
+    expected = {"scales": 2 * count["ternary"] // cfg.bitnet_group_size, "controls": 2 * count["control"] + 4,
+                "tables": 2 * count["table"] if cfg.fp_storage == "FP16" else count["table"] + num_tables}
+    if [raw for raw, _ in streams[1:]] != [expected["scales"], expected["tables"], expected["controls"]] or streams[0][0] > count["ternary"]:
+        raise ArtifactError("the artifact's stream lengths are not those of the model it describes")
+    trits, scales, tables, controls = (decompress(packed, raw) for raw, packed in streams)
+    try:
+        codes = torch.from_numpy(CODECS[codec][1](trits, count["ternary"]))
+    except ValueError as error:
+        raise ArtifactError(f"stream trits: {error}") from None
+    model = GPT(cfg)
+    fill_model(model, cfg, codes, bytearray(scales), bytearray(tables), bytearray(controls))
+    return model, cfg
+
+
+def fill_model(model: GPT, cfg: Config, codes: Tensor, scales: bytearray, tables: bytearray, controls: bytearray) -> None:
+    """Every parameter from the streams, in order and to the last byte; values must be finite."""
+    scale = torch.frombuffer(scales, dtype=torch.float16).float()
+    control = torch.frombuffer(controls[:-4], dtype=torch.float16).float()
+    at = dict.fromkeys(("codes", "tables", "control"), 0)
+
+    def take(kind: str, size: int) -> slice:
+        at[kind] += size
+        return slice(at[kind] - size, at[kind])
+
+    for name, module, p, role in parameter_owners(model):
+        if role.storage == "ternary":
+            part = take("codes", p.numel())
+            group_scales = scale[part.start // cfg.bitnet_group_size : part.stop // cfg.bitnet_group_size]
+            w = codes[part].view(-1, cfg.bitnet_group_size) * group_scales[:, None]
+        elif role.storage == "control":
+            w = control[take("control", p.numel())]
+        elif cfg.fp_storage == "FP16":
+            w = torch.frombuffer(tables[take("tables", 2 * p.numel())], dtype=torch.float16).float()
+        else:
+            (exponent,) = struct.unpack("b", tables[take("tables", 1)])
+            w = torch.frombuffer(tables[take("tables", p.numel())], dtype=torch.float8_e4m3fn).float() * 2.0**exponent
+        if not torch.isfinite(w).all():
+            raise ArtifactError(f"{name} is not finite in the artifact")
+        p.data = w.view_as(p)
+        p.requires_grad_(False)
+        if isinstance(module, QuantizedLinear):
+            module.frozen = True
+    (temperature,) = struct.unpack("<f", controls[-4:])
+    if not 0.5 <= temperature <= 2:
+        raise ArtifactError(f"the artifact's temperature is {temperature}: expected 0.5 to 2")
+    model.temperature.fill_(temperature)
+
+
+# ---- 9 Evaluation ---------------------------------------------------------------------------------------------------
+# A model and the validation tokens in; nats per token and bits per byte out. One function for every stride.
+
+
+class ByteTable(NamedTuple):
+    """UTF-8 bytes that each token adds to the decoded text of its document; the denominator of bits per byte."""
+
+    size: Tensor  # (V,) bytes of the piece; 0 for control and unknown tokens
+    space: Tensor  # (V,) bool: the piece begins with the meta space, which decoding drops at the start of a document
+    edge: Tensor  # (V,) bool: a document starts after this token (control and unknown tokens)
+
+    @classmethod
+    def load(cls, tokenizer_path: str, vocab_size: int) -> ByteTable:
+        """From a SentencePiece model; UserError unless it is one and has `vocab_size` pieces."""
+        from sentencepiece import SentencePieceProcessor
+
+        if not Path(tokenizer_path).is_file():
+            raise FileNotFoundError(f"TOKENIZER_PATH={tokenizer_path!r}: no such file; expected a SentencePiece model")
+        try:
+            sp = SentencePieceProcessor(model_file=tokenizer_path)
+        except (RuntimeError, OSError):
+            raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: not a SentencePiece model") from None
+        if sp.vocab_size() != vocab_size:
+            raise UserError(f"TOKENIZER_PATH={tokenizer_path!r} has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+        sizes, spaces, edges = [], [], []
+        for i in range(vocab_size):
+            piece = sp.id_to_piece(i)
+            edges.append(sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
+            # a byte piece is spelled <0xE2> but decodes to one byte; the meta space U+2581 has three bytes, a space one
+            sizes.append(0 if edges[-1] else 1 if sp.is_byte(i) else len(piece.replace("\u2581", " ").encode()))
+            spaces.append(not edges[-1] and piece.startswith("\u2581") and len(sp.decode([i])) < len(piece))
+        return cls(torch.tensor(sizes), torch.tensor(spaces), torch.tensor(edges))
+
+    def count(self, previous: Tensor, ids: Tensor) -> Tensor:
+        """Bytes of each token given the one before it; both of one shape."""
+        return self.size[ids] - (self.space[ids] & self.edge[previous]).long()
+
+
+class ValidationSet(NamedTuple):
+    """The validation split as one stream: target i is tokens[i + 1]."""
+
+    tokens: Tensor  # (num_targets + 1,) int64 on the device
+    num_bytes: int  # of all targets
+
+    @classmethod
+    def load(cls, cfg: Config, world: World) -> ValidationSet:
+        stream = TokenStream(cfg, "val")
+        count = min(stream.num_tokens, cfg.val_max_tokens + 1 if cfg.val_max_tokens else stream.num_tokens)
+        if count < 2:
+            raise UserError(f"DATA_PATH={cfg.data_path!r}: the validation split holds {count} token; expected at least 2")
+        tokens = torch.from_numpy(stream.read(0, count).astype(np.int64))
+        num_bytes = int(ByteTable.load(cfg.tokenizer_path, cfg.vocab_size).count(tokens[:-1], tokens[1:]).sum())
+        return cls(tokens.to(world.device), num_bytes)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - 1
+
+
+def window_plan(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, first scored position) of each window; the scored spans tile [0, num_targets) exactly once.
+
+    Windows end every `stride` targets, the last one at the last target; each is as long as the text before its end allows.
+    """
+    ends = np.minimum(np.arange(seq_len, max(num_targets, seq_len) + stride, stride), num_targets)
+    ends = ends[: 1 + int(np.searchsorted(ends, num_targets))]  # the first window that reaches the end is the last one
+    starts = np.maximum(ends - seq_len, 0)
+    return starts, np.concatenate(([0], ends[:-1])) - starts
+
+
+def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tensor) -> Tensor:
+    """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
+    return token_nats(model.logits(model.hidden(x)[:, -tail:]) / temperature, y[:, -tail:])[0]
+
+
+@torch.no_grad()
+def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
+    """(nats per token, bits per byte) of the validation split, every target scored once.
+
+    stride == train_seq_len: chunked, temperature 1. A smaller stride: sliding windows, the model's temperature.
+    """
+    seq_len = cfg.train_seq_len
+    score = compiled(functools.partial(score_windows, model), cfg, world)
+    temperature = model.temperature if stride < seq_len else torch.ones_like(model.temperature)
+    starts, firsts = (torch.from_numpy(a).to(world.device) for a in window_plan(val.num_targets, seq_len, stride))
+    per_step = min(cfg.val_batch_size // world.size if stride == seq_len else cfg.sliding_batch_size * seq_len, cfg.micro_batch_tokens)
+    # the first window scores all its targets, the others at most `stride`
+    jobs = [(starts[:1], firsts[:1], seq_len)][: world.is_main] + [(starts[1 + world.rank :: world.size], firsts[1 + world.rank :: world.size], stride)]
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, targets
+    positions = torch.arange(seq_len + 1, device=world.device)
+    for job_starts, job_firsts, tail in jobs:
+        size = min(max(1, per_step // seq_len), len(job_starts))
+        for i in range(0, len(job_starts), size or 1):
+            start, first = job_starts[i : i + size], job_firsts[i : i + size]
+            missing = size - len(start)  # the last batch is filled up, so that shapes stay static
+            start, first = F.pad(start, (0, missing)), F.pad(first, (0, missing), value=seq_len)
+            index = start[:, None] + positions
+            windows = val.tokens[index.clamp_max(val.num_targets)]
+            nats = score(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), tail, temperature)
+            scored = ((positions[:-1] >= first[:, None]) & (index[:, 1:] <= val.num_targets))[:, -tail:]
+            totals += torch.stack((nats.double().mul(scored).sum(), scored.sum()))
+    nats, targets = world.sum_(totals).tolist()
+    assert targets == val.num_targets
+    return nats / targets, nats / math.log(2) / val.num_bytes
+
+
+# ---- 10 Report ------------------------------------------------------------------------------------------------------
+# What the log says about the run besides its losses.
+
+
+def git_commit() -> str:
+    """The commit that the file stands at, "+" if it was changed since; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", __file__], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + "+" * bool(changed)
+
+
+def gpu_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "none"
+
+
+def log_start(cfg: Config, world: World, log: Log) -> None:
+    """The source, the versions and the resolved config: a run is reproduced from its log alone."""
+    log(Path(__file__).read_text(encoding="utf-8"), console=False)
+    attention = "FlashAttention-3" if world.device.type == "cuda" and flash_attention_3(cfg) else "PyTorch SDPA"
+    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} device:{world.device.type} gpu:{gpu_name(world)} "
+        f"threads:{torch.get_num_threads()} attention:{attention} precision:{compute_dtype(cfg.precision, world.device)}")
+    log("config " + json.dumps(dataclasses.asdict(cfg)), console=False)
+
+
+def count_parameters(model: GPT) -> tuple[int, int]:
+    """(all, ternary) weights that are trained and saved."""
+    sizes = [(p.numel(), role.storage) for _, _, p, role in parameter_owners(model)]
+    return sum(n for n, _ in sizes), sum(n for n, storage in sizes if storage == "ternary")
+
+
+def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
+    """Sizes against the budget: the artifact and the file that ran."""
+    code = Path(__file__).read_bytes()
+    params, ternary = count_parameters(model)
+    _, codec, streams = read_container(blob)
+    packed = [len(data) for _, data in streams]
+    total = len(blob) + len(code)
+    log(f"artifact:{len(blob) / 1e6:.2f}MB ternary:{ternary}({packed[0] + packed[1]}B) fp:{params - ternary}({packed[2] + packed[3]}B) "
+        f"code:{len(code)} codec:{codec}")
+    log(f"budget:{total}/{BUDGET_BYTES} ({total / 1e6:.2f}/{BUDGET_BYTES / 1e6:.2f}MB) {'FITS' if total <= BUDGET_BYTES else 'OVER'}")
+    return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code), "total_bytes": total,
+            "codec": codec, "stream_bytes": packed, "stream_raw_bytes": [raw for raw, _ in streams],
+            "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_sha256": hashlib.sha256(blob).hexdigest()}
+
+
+def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, log: Log) -> dict[str, Any]:
+    """The reported scores of a reloaded model: chunked, then sliding."""
+    result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.sliding_eval_stride}
+    clock = Clock(world)
+    loss, bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
+    log(f"final_ternary_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * clock.finish():.0f}ms")
+    result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "sliding_val_loss": None, "sliding_val_bpb": None}
+    if cfg.sliding_eval:
+        sliding = Clock(world)
+        loss, bpb = evaluate(model, val, cfg, world, cfg.sliding_eval_stride)
+        log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.sliding_eval_stride}, T={model.temperature.item():.2f}) "
+            f"eval_time:{1000 * sliding.finish():.0f}ms")
+        result |= {"sliding_val_loss": loss, "sliding_val_bpb": bpb}
+    return result | {"temperature": model.temperature.item(), "eval_time_s": clock.finish()}
+
+
+# ---- 11 Main --------------------------------------------------------------------------------------------------------
+
+
+def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) -> tuple[bytes, dict[str, Any]]:
+    """Train, score the model as it is, and turn it into bytes; the trained model ends here."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg).to(world.device)
+    micro_batches, _ = batch_layout(cfg, world.size)
+    log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} kv:{cfg.num_kv_heads} "
+        f"ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
+    run = train(model, cfg, world, log, val)
+    loss, bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
+    run |= {"val_loss": loss, "val_bpb": bpb, "zero_frac": zero_fraction(model)}
+    log(f"step:{run['steps']}/{cfg.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * run['train_time_s']:.0f}ms zero_frac:{run['zero_frac']:.3f}")
+    clock = Clock(world)
+    blob = b""
+    if world.is_main:
+        blob = save_artifact(model, cfg)
+        write_whole(cfg.artifact_path, blob)
+    blob = world.share_bytes(blob)
+    return blob, run | log_artifact(blob, model, log) | {"export_time_s": clock.finish()}
+
+
+def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
+    """The environment's config with the artifact's model settings; UserError where the environment asks for another model."""
+    own, default, stored = cfg.model_settings(), Config().model_settings(), artifact_cfg.model_settings()
+    for name in own:
+        if own[name] != stored[name] and own[name] != default[name]:
+            raise UserError(f"{name}={own[name]}, but ARTIFACT_PATH={cfg.artifact_path!r} holds a model with {name}={stored[name]}")
+    fields = {name.lower(): getattr(artifact_cfg, name.lower()) for name in own}
+    return dataclasses.replace(cfg, **fields)
+
+
+def read_artifact(cfg: Config) -> tuple[bytes, Config]:
+    """EVAL_ONLY: the artifact's bytes, and the config with its model settings."""
+    path = Path(cfg.artifact_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 scores an artifact that is there")
+    blob = path.read_bytes()
+    return blob, artifact_config(cfg, read_container(blob)[0])
+
+
+def main() -> None:
+    cfg = Config.from_env()
+    blob, cfg = read_artifact(cfg) if cfg.eval_only else (b"", cfg)
+    world = World.from_env()
+    batch_layout(cfg, world.size)
+    val = ValidationSet.load(cfg, world)
+    log = Log(cfg, world)
+    log_start(cfg, world, log)
+    result = {"run_id": cfg.run_id, "seed": cfg.seed}
+    with attention_backends(world.device):
+        if not cfg.eval_only:
+            blob, run = train_and_export(cfg, world, log, val)
+            result |= run
+        model, _ = load_artifact(blob)  # from here on, only what the bytes hold
+        model.to(world.device)
+        result |= score_artifact(model, val, cfg, world, log)
+    result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world), "torch_version": torch.__version__,
+               "git_commit": git_commit()}
+    log("result " + json.dumps(result))
+    world.close()
+
+
+def run() -> int:
+    """main() with a user's errors as one line on stderr and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if World.speaks():
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
