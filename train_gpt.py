@@ -22,6 +22,7 @@ arXiv:2305.13245; relu^2 arXiv:2109.08668; QK-norm arXiv:2010.04245; parameter-g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -275,6 +276,7 @@ class World:
         """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone without them."""
         rank, size, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cpu")
+        keep_freed_memory()
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
                 raise UserError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes")
@@ -309,7 +311,8 @@ class World:
         if self.size == 1:
             return x
         out = x.new_empty(self.size * x.size(0), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        # torch 2.13 renamed the function and warns of the old name
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x.contiguous())
         return out
 
     def share_bytes(self, data: bytes) -> bytes:
@@ -415,6 +418,14 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
         return function
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
     return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the blocks it frees: handing them back and taking them again as page faults costs a CPU run a tenth."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, value in ((-3, 1 << 25), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(ctypes.c_int(option), ctypes.c_int(value))
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -528,8 +539,9 @@ def ternarize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     The scale is the mean magnitude rounded to float16, the precision it is stored in: what is trained is what is stored.
     """
     groups = w.float().reshape(-1, group_size)
-    scale = groups.abs().mean(-1, keepdim=True).half().float().clamp_min(2.0**-14)  # smallest normal float16
-    return (groups / scale).round().clamp(-1, 1), scale
+    scale = torch.linalg.vector_norm(groups, ord=1, dim=-1, keepdim=True) / group_size
+    scale = scale.half().float().clamp_min(2.0**-14)  # smallest normal float16
+    return (groups / scale).round_().clamp_(-1, 1), scale
 
 
 def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -689,7 +701,7 @@ class TernaryLinear(QuantizedLinear):
 
     def rounded(self) -> Tensor:
         codes, scale = ternarize(self.weight.detach(), self.group_size)
-        return (codes * scale).view_as(self.weight)
+        return codes.mul_(scale).view_as(self.weight)
 
 
 class TableProjection(QuantizedLinear):
@@ -706,7 +718,7 @@ class TableProjection(QuantizedLinear):
         if self.fp_storage == "FP16":
             return self.weight.detach().half().float()
         codes, scale = round_fp8(self.weight.detach())
-        return codes.float() * scale
+        return codes.float().mul_(scale)
 
 
 class Table(TableProjection):
@@ -778,26 +790,14 @@ class Block(nn.Module):
         return x + mlp_scale * self.mlp(rms_norm(x))
 
 
-class PolySoftcap(torch.autograd.Function):
-    """s * clip(u - u^3/3 + u^5/15, -1, 1), u = clip(logits/s, -2, 2): #640's bounded logits (not tanh's Taylor series, whose
-    last term is 2/15). Written out, since autograd would keep five (B, T, V) tensors where one is enough."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
-        u = (logits / cap).clamp(-2, 2)
-        ctx.save_for_backward(u)
-        u2 = u * u
-        return ((u2 / 15 - 1 / 3) * u2 + 1).mul(u).clamp(-1, 1).mul(cap)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (u,) = ctx.saved_tensors
-        u2 = u * u
-        inside = ((u2 / 15 - 1 / 3) * u2 + 1).mul(u).abs() < 1
-        return ((u2 / 3 - 1) * u2 + 1).mul(g).mul(inside), None
+def poly_softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap * clip(u - u^3/3 + u^5/15, -1, 1), u = clip(logits/cap, -2, 2): #640's (not tanh's series, which ends in 2/15)."""
+    u = (logits / cap).clamp(-2, 2)
+    u2 = u * u
+    return cap * (u * (1 - u2 / 3 + u2 * u2 / 15)).clamp(-1, 1)
 
 
-SOFTCAPS = {"poly": PolySoftcap.apply, "tanh": lambda logits, cap: cap * torch.tanh(logits / cap)}
+SOFTCAPS = {"poly": poly_softcap, "tanh": lambda logits, cap: cap * torch.tanh(logits / cap)}
 
 
 class GPT(nn.Module):
@@ -965,7 +965,12 @@ def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
 
 
 def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
-    """(micro-batches, sequences a micro-batch) of one process: the fewest that fit MICRO_BATCH_TOKENS and divide evenly."""
+    """(micro-batches, sequences a micro-batch) of one process: the fewest that fit MICRO_BATCH_TOKENS and divide evenly.
+
+    A step has at least two over all processes. One process then adds the same two gradients as two processes do, so that
+    their runs agree to the last bit on a CPU; with another order of summation, rounding moves codes over the thresholds of
+    `ternarize`, and the losses part by 0.01 within 20 steps (measured).
+    """
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
     if sequences % world_size:
         divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
@@ -975,13 +980,55 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
             f"TRAIN_SEQ_LEN={cfg.train_seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
         )
     share, largest = sequences // world_size, max(1, cfg.micro_batch_tokens // cfg.train_seq_len)
-    micro = max(n for n in range(1, min(share, largest) + 1) if share % n == 0)
+    largest = min(largest, share, max(1, sequences // 2))
+    micro = max(n for n in range(1, largest + 1) if share % n == 0)
     return share // micro, micro
+
+
+class ChunkedPolyLoss(torch.autograd.Function):
+    """Output projection, poly softcap and loss on a CPU: a few rows of logits at a time, which stay in the cache, and their
+    gradient at once, so that the (B * T, V) logits never exist. The same mathematics as `training_loss` written plainly, of
+    which the demo's step spends twice the time (RESULTS.md R002)."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float) -> tuple[Tensor, Tensor]:
+        """e (N, E), table (V, E), bias (V,), y (N,) -> what is minimized and cross entropy, summed."""
+        de, dtable, dbias = torch.empty_like(e), torch.zeros_like(table), torch.zeros_like(bias)
+        loss, total = e.new_zeros(()), e.new_zeros(())
+        rows = max(16, 2**19 // table.size(0))
+        for e_part, y_part, de_part in zip(e.split(rows), y.split(rows), de.split(rows), strict=True):
+            u = torch.addmm(bias, e_part, table.T).div_(cap).clamp_(-2, 2)
+            u2 = u.square()
+            value = (u2 / 15).sub_(1 / 3).mul_(u2).add_(1).mul_(u)
+            slope = (u2 / 3).sub_(1).mul_(u2).add_(1).mul_(value.abs() < 1)  # of the softcap: 0 where it clips
+            p = value.clamp_(-1, 1).mul_(cap)
+            target = p.gather(1, y_part[:, None]).squeeze(1)
+            total_exp = p.exp_().sum(1)  # |logits| <= cap: no maximum needs to be taken out
+            lse = total_exp.log()
+            nats = (lse - target).sum()
+            loss += nats + z_loss * lse.square().sum()
+            total += nats
+            p.mul_(((1 + 2 * z_loss * lse) / total_exp)[:, None])
+            p.scatter_add_(1, y_part[:, None], p.new_full((len(y_part), 1), -1.0)).mul_(slope)
+            torch.mm(p, table, out=de_part)
+            dtable.addmm_(p.T, e_part)
+            dbias += p.sum(0)
+        ctx.save_for_backward(de, dtable, dbias)
+        ctx.mark_non_differentiable(total)
+        return loss, total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
+        return *(t.mul_(g) for t in ctx.saved_tensors), None, None, None
 
 
 def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """(what is minimized, cross entropy), both summed over the tokens."""
-    nats, lse = token_nats(model.logits(model.hidden(x)), y)
+    cfg, h = model.cfg, model.hidden(x)
+    if not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly" and cfg.logit_softcap <= 60:
+        e, bias = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias)
+        return ChunkedPolyLoss.apply(e, model.table.stored_weight(), bias, y.flatten(), cfg.logit_softcap, z_loss)
+    nats, lse = token_nats(model.logits(h), y)
     return nats.sum() + z_loss * lse.square().sum(), nats.detach().sum()
 
 
