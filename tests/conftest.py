@@ -1,0 +1,90 @@
+"""Shared by the tests: a tiny model's settings, synthetic shards, and one way to launch the script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+
+import torch  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+torch.set_num_threads(1)  # tests run beside each other on 2 cores, and small tensors gain nothing from threads
+
+TINY = {
+    "VOCAB_SIZE": "320", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "EMBED_DIM": "24",
+    "BITNET_GROUP_SIZE": "32", "TRAIN_SEQ_LEN": "32", "YARN_MAX_LEN": "64", "TRAIN_BATCH_TOKENS": "256", "ITERATIONS": "24",
+    "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0", "SLIDING_EVAL_STRIDE": "8", "SLIDING_BATCH_SIZE": "64", "TRAIN_LOG_EVERY": "10",
+    "VAL_BATCH_SIZE": "1024", "SEED": "7",
+}  # fmt: skip
+
+
+def write_shard(path: Path, tokens: np.ndarray, header: tuple[int, ...] | None = None) -> Path:
+    """A shard in the published format; `header` replaces (magic, version, count)."""
+    head = np.zeros(256, dtype="<i4")
+    head[:3] = header or (20240520, 1, len(tokens))
+    path.write_bytes(head.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+    return path
+
+
+def tiny_config(**settings: object) -> train_gpt.Config:
+    return train_gpt.Config.from_env(TINY | {k.upper(): str(v) for k, v in settings.items()})
+
+
+def tiny_model(seed: int = 0, scale: float = 1.0, **settings: object) -> train_gpt.GPT:
+    """A tiny model with every parameter away from its initial value, as after training."""
+    torch.manual_seed(seed)
+    model = train_gpt.GPT(tiny_config(**settings))
+    with torch.no_grad():
+        for _, _, p, role in train_gpt.parameter_owners(model):
+            p.add_(torch.randn_like(p) * (0.1 if role.storage == "control" else 0.03) * scale)
+    return model
+
+
+TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs! \u00e9\u00e0\u4e2d\u6587 \U0001f600 "
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two train shards, a validation shard and a 320-piece SentencePiece model of some synthetic English."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 8))) for _ in range(300)]
+    weights = 1 / np.arange(1, 301)
+    documents = [" ".join(rng.choice(words, 60, p=weights / weights.sum())) + ". " + TEXT for _ in range(60)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe", byte_fallback=True,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, add_dummy_prefix=False, character_coverage=0.98, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    encoded = [[sp.bos_id(), *sp.encode(d)] for d in documents]
+    for name, part in (("train_000000", encoded[:20]), ("train_000001", encoded[20:50]), ("val_000000", encoded[50:])):
+        write_shard(folder / f"fineweb_{name}.bin", np.concatenate(part))
+    return folder
+
+
+def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 90, argv: list[str] | None = None) -> subprocess.CompletedProcess:
+    """Run train_gpt.py (under torchrun for more than one process) in its own process group, which dies with the timeout."""
+    script = argv or [str(ROOT / "train_gpt.py")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
+    child = subprocess.Popen([sys.executable, *torchrun, *script], cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"} | env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+        raise AssertionError(f"timed out after {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
+    return subprocess.CompletedProcess(script, child.returncode, out, err)

@@ -1,0 +1,148 @@
+"""Every target once, every byte once: against loops that do it the slow way."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_gpt import ByteTable, TokenStream, ValidationSet, World, calibrate_temperature, evaluate, window_plan
+
+
+@given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 40))
+def test_windows_tile_the_targets_exactly_once(num_targets, seq_len, stride):
+    stride = min(stride, seq_len)
+    starts, firsts = window_plan(num_targets, seq_len, stride)
+    count = np.zeros(num_targets, dtype=int)
+    for k, (start, first) in enumerate(zip(starts, firsts, strict=True)):
+        end = min(start + seq_len, num_targets)
+        count[start + first : end] += 1
+        assert 0 <= start and start + first < end
+        assert k == 0 or end - (start + first) <= stride  # after the first window at most `stride` are scored
+        if k:  # with all the context that the window has room for
+            assert end - start == seq_len
+    assert (count == 1).all()
+
+
+def brute_force(model, tokens, seq_len, stride, temperature):
+    """Target by target: its window is the earliest of those that end at seq_len + k * stride (or at the last target)."""
+    num_targets, total = len(tokens) - 1, 0.0
+    for target in range(num_targets):
+        steps = max(0, math.ceil((target + 1 - seq_len) / stride))
+        end = min(seq_len + steps * stride, num_targets)
+        start = max(0, end - seq_len)
+        window = tokens[start : target + 1][None]
+        with torch.no_grad():
+            logits = model.logits(model.hidden(window))[0, -1].double() / temperature
+        total += (logits.logsumexp(0) - logits[tokens[target + 1]]).item()
+    return total / num_targets
+
+
+@pytest.mark.parametrize(("length", "stride"), [(20, 8), (33, 32), (34, 8), (150, 8), (150, 32), (131, 5), (97, 1)])
+def test_evaluate_equals_a_loop_over_single_targets(length, stride):
+    model = tiny_model()
+    model.temperature.fill_(1.25)
+    torch.manual_seed(1)
+    val = ValidationSet(torch.randint(320, (length,)), num_bytes=777)
+    loss, bpb = evaluate(model, val, tiny_config(sliding_batch_size=3, val_batch_size=96), World(), stride)
+    expected = brute_force(model, val.tokens, 32, stride, 1.25 if stride < 32 else 1.0)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert bpb == pytest.approx(expected * (length - 1) / math.log(2) / 777, rel=1e-6)
+
+
+def test_evaluate_does_not_depend_on_processes_or_batches():
+    """Each rank of 3 on its own; their sums together are the score of one process."""
+
+    class Recorder(World):
+        def sum_(self, x):
+            sums.append(x.clone())
+            x[1] = length - 1
+            return x
+
+    model, length = tiny_model(), 500
+    val = ValidationSet(torch.randint(320, (length,)), num_bytes=1000)
+    for stride in (8, 32):
+        expected, _ = evaluate(model, val, tiny_config(), World(), stride)
+        other, _ = evaluate(model, val, tiny_config(sliding_batch_size=7, val_batch_size=64, micro_batch_tokens=160), World(), stride)
+        assert other == pytest.approx(expected, rel=1e-6)
+        sums: list[torch.Tensor] = []
+        for rank in range(3):
+            evaluate(model, val, tiny_config(), Recorder(rank, 3), stride)
+        nats, targets = torch.stack(sums).sum(0).tolist()
+        assert targets == length - 1 and nats / targets == pytest.approx(expected, rel=1e-6)
+
+
+def test_temperature_divides_the_sliding_logits_and_nothing_else():
+    model = tiny_model()
+    val = ValidationSet(torch.randint(320, (200,)), num_bytes=400)
+    scores = {}
+    for t in (1.0, 1.5):
+        model.temperature.fill_(t)
+        scores[t] = [evaluate(model, val, tiny_config(), World(), stride)[0] for stride in (8, 32)]
+    assert scores[1.0][1] == scores[1.5][1] and scores[1.0][0] != scores[1.5][0]
+
+
+def test_calibration_finds_the_best_temperature():
+    """Labels drawn from the model's own distribution at temperature 1.1: a fine grid and the calibration agree."""
+    model = tiny_model(scale=3.0)
+    torch.manual_seed(2)
+    x = torch.randint(320, (64, 32))
+    with torch.no_grad():
+        logits = model.logits(model.hidden(x))
+        y = torch.distributions.Categorical(logits=logits / 1.1).sample()
+        grid = np.linspace(0.85, 1.15, 61)
+        late, targets = logits[:, 16:].double(), y[:, 16:]
+        losses = [torch.nn.functional.cross_entropy((late / t).flatten(0, 1), targets.flatten()).item() for t in grid]
+    assert calibrate_temperature(model, x, y, World()) == pytest.approx(grid[int(np.argmin(losses))], abs=0.01)
+
+
+def decoded_bytes(sp, ids):
+    """UTF-8 bytes of the text that SentencePiece decodes, document by document."""
+    documents, current = [], []
+    for i in ids:
+        if i == sp.bos_id():
+            documents.append(current)
+            current = []
+        else:
+            current.append(i)
+    return sum(len(sp.decode(d).encode()) for d in [*documents, current])
+
+
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": True}, {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}])
+def test_byte_table_counts_what_sentencepiece_decodes(tmp_path, options):
+    """Spaces at the start of documents, byte fallback, accents, Chinese, emoji, runs of spaces."""
+    import io
+
+    import sentencepiece
+
+    texts = ["The cat sat on the mat. " * 3, " leading space", "", "caf\u00e9 na\u00efve", "\u4e2d\u6587\u5b57 and \U0001f600\U0001f680", "two  spaces   three",
+             "tab\tand\nnewline", "a", " ", "zzz qqq xxx \u0416\u0416"] * 4  # fmt: skip
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[:3] * 20), model_writer=out, vocab_size=300, model_type="bpe", byte_fallback=True, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, minloglevel=2, character_coverage=0.99, hard_vocab_limit=False, **({"add_dummy_prefix": False} | options),
+    )  # fmt: skip
+    path = tmp_path / "t.model"
+    path.write_bytes(out.getvalue())
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = torch.tensor([i for text in texts for i in (sp.bos_id(), *sp.encode(text))])
+    table = ByteTable.load(str(path), sp.vocab_size())
+    assert int(table.count(ids[:-1], ids[1:]).sum()) == decoded_bytes(sp, ids.tolist())
+
+
+def test_bits_per_byte_by_brute_force(data_dir):
+    """Nats from a loop, bytes from decoded text, on the synthetic validation split."""
+    import sentencepiece
+
+    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", val_max_tokens=300)
+    model, val = tiny_model(), ValidationSet.load(cfg, World())
+    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    ids = TokenStream(cfg, "val").read(0, 301).tolist()
+    text_bytes = decoded_bytes(sp, ids) - decoded_bytes(sp, ids[:1])
+    nats = 300 * brute_force(model, torch.tensor(ids), 32, 32, 1.0)
+    assert evaluate(model, val, cfg, World(), 32)[1] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
