@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# The record run: seeds 42, 1337 and 7 with the default settings on 8 GPUs, then submission.json from their logs.
+#
+#   bash run_8xh100.sh                                three runs of 10 minutes, each with its log and artifact in logs/
+#   SEED=42 bash run_8xh100.sh                        one seed
+#   bash run_8xh100.sh --author NAME --github-id ID   arguments go to tools/make_submission.py
+#
+# NPROC: processes, one a GPU (8). RUN_ID: the prefix of <RUN_ID>_seed<SEED> (record). SUBMISSION_PATH: submission.json.
+# TRAIN_PYTHON: an interpreter that has the requirements, instead of .venv's.
+# ALLOW_CPU=1: a rehearsal on CPU processes; it never writes the real submission.json unless told to. For instance, on the
+# demo's data and model: (set -a; . configs/demo.env; DATA_PATH=data/demo_sp2048 TOKENIZER_PATH=$DATA_PATH/tokenizer.model
+#                         ITERATIONS=3 NPROC=2 ALLOW_CPU=1; bash run_8xh100.sh)
+set -euo pipefail
+# shellcheck source=tools/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
+
+# torchrun's shared store makes restarted attempts fail (pytorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# check_machine PYTHON: end with one line if GPUs or data are missing; say which settings are not the submission's.
+check_machine() {
+  "$1" - "$nproc" "${ALLOW_CPU:-0}" <<'CHECK' || exit 2
+import dataclasses
+import sys
+from pathlib import Path
+
+try:
+    import torch
+    import train_gpt
+except ImportError as error:
+    sys.exit(f"run_8xh100.sh: error: {sys.executable}: {error}; bash setup.sh installs the requirements")
+
+nproc, allow_cpu = int(sys.argv[1]), sys.argv[2] == "1"
+own = ("run_id", "seed", "artifact_path")  # this script sets them
+
+
+def stop(text):
+    sys.exit(f"run_8xh100.sh: error: {text}")
+
+
+try:
+    cfg = train_gpt.Config.from_env()
+except train_gpt.UserError as error:
+    stop(error)
+if not allow_cpu and torch.cuda.device_count() < nproc:
+    stop(f"NPROC={nproc}, but torch sees {torch.cuda.device_count()} GPUs; set NPROC, or ALLOW_CPU=1 for a rehearsal")
+for split in ("train", "val"):
+    if not any(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin")):
+        stop(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there")
+if not Path(cfg.tokenizer_path).is_file():
+    stop(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
+changed = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in own and v != getattr(train_gpt.Config(), k)}
+if changed:
+    print("run_8xh100.sh: not the submission's settings:", *(f"{k.upper()}={v}" for k, v in changed.items()), file=sys.stderr)
+CHECK
+}
+
+# run_seed SEED: one run; ends the script with the run's exit code if it fails.
+run_seed() {
+  local run_id=${prefix}_seed$1 status=0
+  say "seed $1: log logs/$run_id.txt"
+  # python -m torch.distributed.run is torchrun; the latter's first line breaks when .venv is moved
+  RUN_ID=$run_id SEED=$1 ARTIFACT_PATH=logs/$run_id.ternary.ptz \
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py || status=$?
+  ((status == 0)) || { say "error: seed $1 failed with exit code $status; log: logs/$run_id.txt" && exit "$status"; }
+  logs+=("logs/$run_id.txt")
+}
+
+main() {
+  local python=${TRAIN_PYTHON:-$VENV_PYTHON} nproc=${NPROC:-8} prefix submission seed logs=()
+  cd "$ROOT"
+  if [[ ${ALLOW_CPU:-0} == 1 ]]; then
+    prefix=${RUN_ID:-rehearsal} submission=${SUBMISSION_PATH:-logs/$prefix.submission.json}
+  else
+    prefix=${RUN_ID:-record} submission=${SUBMISSION_PATH:-submission.json}
+  fi
+
+  [[ $nproc =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: expected a whole number"
+  command -v "$python" >/dev/null || die "$python: not there; bash setup.sh makes it"
+  check_machine "$python"
+  "$python" tools/make_submission.py --check-author "$@"
+
+  for seed in ${SEED:-42 1337 7}; do run_seed "$seed"; done
+  "$python" tools/make_submission.py --out "$submission" "$@" "${logs[@]}"
+}
+
+main "$@"

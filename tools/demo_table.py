@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""The table at the end of run_demo.sh: the scores of a run, its size, and what general compressors make of the same text.
+
+    demo_table.py RESULT [--manifest MANIFEST]
+
+RESULT is a file whose last line is the trainer's `result {json}`; MANIFEST is the manifest.json of the data, if there is one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
+
+
+def read_result(path):
+    """The object of the file's last line; ValueError unless that line is `result {json}`."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    if not lines or not lines[-1].startswith("result {"):
+        raise ValueError(f"{path}: the trainer ended without a result line")
+    return json.loads(lines[-1].removeprefix("result "))
+
+
+def read_manifest(path):
+    """The data's manifest; empty for data without one."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
+
+
+def bits(value):
+    return f"{value:.4f}"
+
+
+def artifact_text(result):
+    artifact, total = result["artifact_bytes"], result["total_bytes"]
+    verdict = "fits" if total <= BUDGET_BYTES else "over budget"
+    return f"{artifact:,} bytes; with code {total:,} of {BUDGET_BYTES:,} ({100 * total / BUDGET_BYTES:.1f} %, {verdict})"
+
+
+def table_rows(result, manifest):
+    """(label, text) of every figure that the run and the data have: an evaluation alone has no training, own data no manifest."""
+    whole = manifest.get("val", {}).get("bytes") in (None, result.get("val_bytes"))
+    text = "same text" if whole else "whole validation text"  # VAL_MAX_TOKENS scores a part of it
+    scores = {
+        "before export": result.get("val_bpb"),
+        "after the round trip": result.get("roundtrip_val_bpb"),
+        f"sliding, stride {result.get('stride')}": result.get("sliding_val_bpb"),
+        f"gzip -9, {text}": manifest.get("gzip_bpb"),
+        f"xz -9, {text}": manifest.get("xz_bpb"),
+    }
+    rows = [(f"bits per byte, {label}", bits(value)) for label, value in scores.items() if value is not None]
+    if result.get("artifact_bytes") is not None:
+        rows.append(("artifact", artifact_text(result)))
+    if result.get("steps") is not None:
+        rows.append(("training", f"{result['train_time_s']:.1f} s, {result['steps']:,} steps, {result['tokens']:,} tokens"))
+    return rows
+
+
+def format_table(rows):
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--manifest", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        rows = table_rows(read_result(args.result), read_manifest(args.manifest))
+    except (OSError, ValueError) as error:
+        print(f"demo_table.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{format_table(rows)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
