@@ -1,4 +1,4 @@
-"""Train a ternary GPT for OpenAI's Parameter Golf: 600 s on 8xH100, code and weights in 16,000,000 bytes, scored in bits per byte.
+"""Train a ternary GPT for OpenAI's Parameter Golf: 600 s on 8xH100, 16,000,000 bytes of code and weights, bits per byte.
 
 The default is the system of pull request #640 (BitNet b1.58 weights in {-1, 0, 1}, U-Net transformer, NeoMuon) without the
 defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured where.
@@ -26,7 +26,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -255,9 +254,10 @@ def check_config(cfg: Config) -> None:
     need(cfg.head_dim % 2 == 0, "model_dim", f"an even MODEL_DIM/NUM_HEADS for rotary embeddings (NUM_HEADS={cfg.num_heads})")
     need(cfg.num_heads % cfg.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={cfg.num_heads}")
     need(cfg.model_dim % cfg.bitnet_group_size == 0, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
-    need(cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least TRAIN_SEQ_LEN={cfg.train_seq_len}")
+    window = f"TRAIN_SEQ_LEN={cfg.train_seq_len}"
+    need(cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
+    need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most {window}")
+    need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least {window}")
 
 
 # ---- 2 Runtime ------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class World:
         keep_freed_memory()
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
-                raise UserError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes")
+                raise UserError(f"LOCAL_RANK={local_rank}: expected one process for each of {torch.cuda.device_count()} GPUs")
             device = torch.device("cuda", local_rank)  # LOCAL_RANK, never RANK: there may be several machines
             torch.cuda.set_device(device)
         if size > 1:
@@ -324,10 +324,6 @@ class World:
         dist.broadcast(box, src=0)
         return box.numpy().tobytes()
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
@@ -341,7 +337,8 @@ class Clock:
         self._start = self._now()
 
     def _now(self) -> float:
-        self._world.synchronize()
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter()
 
     def elapsed(self) -> float:
@@ -384,8 +381,7 @@ class Log:
     def progress(self, text: str) -> None:
         """One line that is written over, on a terminal only."""
         if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 class Reading:
@@ -455,7 +451,8 @@ def load_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
     if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: not a token shard: expected the header ({SHARD_MAGIC}, {SHARD_VERSION}, count), found {header.tolist()}")
+        expected = f"({SHARD_MAGIC}, {SHARD_VERSION}, count)"
+        raise UserError(f"{path}: not a token shard: expected a header {expected}, found {header.tolist()}")
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if header[2] < 1 or size != expected:
         raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens, that is {expected} bytes")
@@ -483,7 +480,8 @@ class TokenStream:
             start = at - (int(self._ends[shard]) - len(self._shards[shard]))
             part = self._shards[shard][start : start + count]
             if (largest := int(part.max())) >= self._vocab_size:
-                raise UserError(f"{self.paths[shard]}: token {largest} at {start}..{start + len(part)}, but VOCAB_SIZE={self._vocab_size}")
+                where = f"{self.paths[shard]}: token {largest} within {start}..{start + len(part)}"
+                raise UserError(f"{where}, but VOCAB_SIZE={self._vocab_size}")
             parts.append(part)
             position, count = position + len(part), count - len(part)
         return np.concatenate(parts)
@@ -537,19 +535,23 @@ def ternarize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """BitNet b1.58 (arXiv:2402.17764): codes (groups, G) in {-1, 0, 1} and one scale (groups, 1) per G weights in a row.
 
     The scale is the mean magnitude rounded to float16, the precision it is stored in: what is trained is what is stored.
+    A code is round(w / scale) clipped to 1, written as a comparison; with the sum in float64, whose order of summation float16
+    cannot see, CPU, GPU and compiled code get the same bits.
     """
     groups = w.float().reshape(-1, group_size)
-    scale = torch.linalg.vector_norm(groups, ord=1, dim=-1, keepdim=True) / group_size
+    scale = groups.abs().sum(-1, keepdim=True, dtype=torch.float64) / group_size
     scale = scale.half().float().clamp_min(2.0**-14)  # smallest normal float16
-    return (groups / scale).round_().clamp_(-1, 1), scale
+    return (groups > 0.5 * scale).float() - (groups < -0.5 * scale).float(), scale
 
 
 def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 codes (as w) and one scale: the power of two that brings the largest weight just under 448, e4m3's largest.
 
-    A power of two rounds nothing, so codes * scale is exact in bfloat16 too.
+    A power of two rounds nothing, so codes * scale is exact in bfloat16 too. It is found in the bits of the largest weight,
+    the same on every device: 448 = 1.75 * 2^8, so the exponent grows by one where the mantissa is above 1.75.
     """
-    scale = torch.exp2(torch.ceil(torch.log2(w.abs().amax().float().clamp_min(1e-30) / 448)))
+    bits = w.detach().abs().amax().float().clamp_min(2.0**-100).view(torch.int32)
+    scale = ((((bits + 0x1FFFFF) >> 23) - 8) << 23).view(torch.float32)
     return (w.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
@@ -893,7 +895,7 @@ class NeoMuon(torch.optim.Optimizer):
         groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
         super().__init__(groups, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
         self._world, self._row_norm, self._weight_decay = world, cfg.matrix_optimizer != "muon_plain", cfg.muon_wd
-        self._orthogonalize = compiled(functools.partial(orthogonalize, steps=cfg.muon_backend_steps), cfg, world)
+        self._orthogonalize, self._steps = compiled(orthogonalize, cfg, world), cfg.muon_backend_steps
 
     @torch.no_grad()
     def step(self) -> None:
@@ -918,7 +920,7 @@ class NeoMuon(torch.optim.Optimizer):
         u = g.add(buffer, alpha=momentum)
         if self._row_norm:
             u = u * u.square().mean(-1, keepdim=True).add_(1e-20).rsqrt_()  # a row without gradient stays 0
-        return self._orthogonalize(u).to(g.dtype) * max(1, g.size(-2) / g.size(-1)) ** 0.5
+        return self._orthogonalize(u, self._steps).to(g.dtype) * max(1, g.size(-2) / g.size(-1)) ** 0.5
 
 
 def build_optimizers(model: nn.Module, cfg: Config, world: World) -> list[torch.optim.Optimizer]:
@@ -976,8 +978,8 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
         divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
         nearest = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:2])
         raise UserError(
-            f"WORLD_SIZE={world_size} must divide the {sequences} sequences of a step (TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
-            f"TRAIN_SEQ_LEN={cfg.train_seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
+            f"WORLD_SIZE={world_size} must divide the {sequences} sequences of a step (TRAIN_BATCH_TOKENS="
+            f"{cfg.train_batch_tokens} / TRAIN_SEQ_LEN={cfg.train_seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
         )
     share, largest = sequences // world_size, max(1, cfg.micro_batch_tokens // cfg.train_seq_len)
     largest = min(largest, share, max(1, sequences // 2))
@@ -987,8 +989,7 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
 
 class ChunkedPolyLoss(torch.autograd.Function):
     """Output projection, poly softcap and loss on a CPU: a few rows of logits at a time, which stay in the cache, and their
-    gradient at once, so that the (B * T, V) logits never exist. The same mathematics as `training_loss` written plainly, of
-    which the demo's step spends twice the time (RESULTS.md R002)."""
+    gradient at once, so that the (B * T, V) logits never exist. `training_loss` has the same mathematics plainly."""
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -1056,8 +1057,7 @@ class Gradients:
         self._world.sum_(self._flat)
 
     def clip(self, max_norm: float) -> None:
-        norm = self._flat[:-1].norm()
-        self._flat[:-1] *= (max_norm / (norm + 1e-6)).clamp_max(1)
+        self._flat[:-1] *= (max_norm / (self._flat[:-1].norm() + 1e-6)).clamp_max(1)
 
 
 CALIBRATION_TOKENS = 65_536
@@ -1088,16 +1088,18 @@ def calibration_sequences(cfg: Config, world: World) -> int:
     return max(1, wanted // world.size) * world.size
 
 
-def warm_up(model: GPT, cfg: Config, world: World, take_step: Callable[[Tensor, Tensor], None], optimizers: list) -> float:
+def warm_up(model: GPT, world: World, log: Log, take_step: Callable[[Tensor, Tensor], None], optimizers: list) -> float:
     """Compile every shape of the loop on random tokens, before the clock starts; weights and optimizers are restored.
 
     Returns the seconds that the temperature takes, which the loop leaves free at its end.
     """
+    cfg = model.cfg
     weights = [p.detach().clone() for p in model.parameters()]
     sequences = cfg.train_batch_tokens // cfg.train_seq_len // world.size
-    tokens = functools.partial(torch.randint, cfg.vocab_size, device=world.device)
-    for _ in range(cfg.warmup_steps):
-        take_step(tokens((sequences, cfg.train_seq_len)), tokens((sequences, cfg.train_seq_len)))
+    x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=world.device)
+    for step in range(cfg.warmup_steps):
+        take_step(x, x)
+        log(f"warmup:{step + 1}/{cfg.warmup_steps}")
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
@@ -1105,31 +1107,33 @@ def warm_up(model: GPT, cfg: Config, world: World, take_step: Callable[[Tensor, 
         opt.state.clear()
     if not cfg.temp_scaling:
         return 0.0
-    x = tokens((calibration_sequences(cfg, world) // world.size, cfg.train_seq_len))
-    calibrate_temperature(model, x, x, world)  # the first call also loads kernels
-    start = Clock(world)
-    calibrate_temperature(model, x, x, world)
-    return world.agree(start.finish())
+    x = x[:1].repeat(calibration_sequences(cfg, world) // world.size, 1)
+    for _ in range(2):  # the first call also loads kernels
+        clock = Clock(world)
+        calibrate_temperature(model, x, x, world)
+    return world.agree(clock.finish())
 
 
 def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     """Train until the wall clock or ITERATIONS ends the run; sets `model.temperature`; returns the figures of the run."""
-    micro_batches, micro = batch_layout(cfg, world.size)
-    sequences = micro_batches * micro * world.size
+    micro_batches, _ = batch_layout(cfg, world.size)
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
     optimizers, grads = build_optimizers(model, cfg, world), Gradients(model, world)
-    loss_function = compiled(functools.partial(training_loss, model, z_loss=cfg.z_loss), cfg, world)
+    loss_function = compiled(training_loss, cfg, world)
 
     def take_step(x: Tensor, y: Tensor) -> None:
-        grads.compute(loss_function, x, y, micro_batches)
+        grads.compute(lambda *micro: loss_function(model, *micro, cfg.z_loss), x, y, micro_batches)
         if cfg.grad_clip_norm:
             grads.clip(cfg.grad_clip_norm)
         for opt in optimizers:
             opt.step()
 
     batches = Batches(TokenStream(cfg, "train"), world)
-    reserve_s = warm_up(model, cfg, world, take_step, optimizers)
-    log(f"warmup:{cfg.warmup_steps} steps, temperature reserve {1000 * reserve_s:.0f}ms")
-    budget_s = max(cfg.max_wallclock_seconds - reserve_s, 1e-9) if cfg.max_wallclock_seconds else math.inf
+    reserve_s = warm_up(model, world, log, take_step, optimizers)
+    budget_s = cfg.max_wallclock_seconds - reserve_s if cfg.max_wallclock_seconds else math.inf
+    if budget_s <= 0:
+        wanted = f"0 or more than the {reserve_s:.2f} s of TEMP_SCALING"
+        raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
     losses: list[float] = []
     pending, epoch = None, 1
@@ -1141,8 +1145,8 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
             break
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
             with clock.paused():
-                val_loss, val_bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
-            log(f"step:{step}/{cfg.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} train_time:{1000 * clock.elapsed():.0f}ms")
+                scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
+            log(validation_line(cfg, step, scores, clock.elapsed()))
         if batches.epoch > epoch:
             epoch = batches.epoch
             log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
@@ -1162,19 +1166,24 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
     if step < cfg.iterations:
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
     check_replicas(model, world)
-    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * train_time_s / step,
-            "first_losses": losses[:20]}
+    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "train_time_s": train_time_s,
+            "ms_per_step": 1000 * train_time_s / step, "first_losses": losses[:20]}
 
 
 def report_step(cfg: Config, log: Log, losses: list[float], elapsed_s: float, progress: float) -> None:
     """Log line of the newest loss, if it is its turn; every process stops at a loss that is not finite."""
     step, loss = len(losses), losses[-1]
     if not math.isfinite(loss):
-        raise UserError(f"training diverged: loss {loss} at step {step}; try a lower MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}")
+        rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
+        raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
     figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{1000 * elapsed_s:.0f}ms avg:{1000 * elapsed_s / step:.1f}ms"
     if step <= 5 or step % cfg.train_log_every == 0:
         log(figures)
     log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
+
+
+def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed_s: float) -> str:
+    return f"step:{step}/{cfg.iterations} val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f} train_time:{1000 * elapsed_s:.0f}ms"
 
 
 def check_replicas(model: nn.Module, world: World) -> None:
@@ -1265,7 +1274,7 @@ def save_artifact(model: GPT, cfg: Config) -> bytes:
 
 
 def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
-    """(config, codec, [(raw length, compressed bytes)] of the four streams); ArtifactError unless every byte is accounted for."""
+    """(config, codec, (raw length, compressed bytes) of the four streams); ArtifactError unless every byte is accounted for."""
     if len(blob) < ARTIFACT_PREFIX.size or blob[:4] != ARTIFACT_MAGIC:
         raise ArtifactError("not an artifact of train_gpt.py (its first bytes are not TGPT)")
     _, version, header_length, digest = ARTIFACT_PREFIX.unpack_from(blob)
@@ -1285,7 +1294,8 @@ def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
         raise ArtifactError("the artifact's header is not valid: not the model settings and codec of this version")
     raw_lengths, packed_lengths = lengths[::2], lengths[1::2]
     ends = [header_length + STREAM_LENGTHS.size + n for n in itertools.accumulate((0, *packed_lengths))]
-    if ends[-1] != len(body) or any(raw > LZMA_LARGEST_RATIO * packed for raw, packed in zip(raw_lengths, packed_lengths, strict=True)):
+    possible = all(raw <= LZMA_LARGEST_RATIO * packed for raw, packed in zip(raw_lengths, packed_lengths, strict=True))
+    if ends[-1] != len(body) or not possible:
         raise ArtifactError("the artifact's stream lengths do not add up")
     return cfg, codec, [(raw, body[a:b]) for raw, a, b in zip(raw_lengths, ends, ends[1:], strict=False)]
 
@@ -1300,9 +1310,9 @@ def load_artifact(blob: bytes) -> tuple[GPT, Config]:
         owners = [(module, p.numel(), role) for _, module, p, role in parameter_owners(GPT(cfg))]
     count = {kind: sum(n for _, n, role in owners if role.storage == kind) for kind in ("ternary", "table", "control")}
     num_tables = sum(role.storage == "table" for _, _, role in owners)
-    expected = {"scales": 2 * count["ternary"] // cfg.bitnet_group_size, "controls": 2 * count["control"] + 4,
-                "tables": 2 * count["table"] if cfg.fp_storage == "FP16" else count["table"] + num_tables}
-    if [raw for raw, _ in streams[1:]] != [expected["scales"], expected["tables"], expected["controls"]] or streams[0][0] > count["ternary"]:
+    table_length = 2 * count["table"] if cfg.fp_storage == "FP16" else count["table"] + num_tables
+    expected = [2 * count["ternary"] // cfg.bitnet_group_size, table_length, 2 * count["control"] + 4]
+    if [raw for raw, _ in streams[1:]] != expected or streams[0][0] > count["ternary"]:
         raise ArtifactError("the artifact's stream lengths are not those of the model it describes")
     trits, scales, tables, controls = (decompress(packed, raw) for raw, packed in streams)
     try:
@@ -1430,12 +1440,14 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
     stride == train_seq_len: chunked, temperature 1. A smaller stride: sliding windows, the model's temperature.
     """
     seq_len = cfg.train_seq_len
-    score = compiled(functools.partial(score_windows, model), cfg, world)
+    score = compiled(score_windows, cfg, world)
     temperature = model.temperature if stride < seq_len else torch.ones_like(model.temperature)
     starts, firsts = (torch.from_numpy(a).to(world.device) for a in window_plan(val.num_targets, seq_len, stride))
-    per_step = min(cfg.val_batch_size // world.size if stride == seq_len else cfg.sliding_batch_size * seq_len, cfg.micro_batch_tokens)
+    per_step = cfg.val_batch_size // world.size if stride == seq_len else cfg.sliding_batch_size * seq_len
+    per_step = min(per_step, cfg.micro_batch_tokens)
+    mine = slice(1 + world.rank, None, world.size)
     # the first window scores all its targets, the others at most `stride`
-    jobs = [(starts[:1], firsts[:1], seq_len)][: world.is_main] + [(starts[1 + world.rank :: world.size], firsts[1 + world.rank :: world.size], stride)]
+    jobs = [(starts[:1], firsts[:1], seq_len)] * world.is_main + [(starts[mine], firsts[mine], stride)]
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, targets
     positions = torch.arange(seq_len + 1, device=world.device)
     for job_starts, job_firsts, tail in jobs:
@@ -1446,7 +1458,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
             start, first = F.pad(start, (0, missing)), F.pad(first, (0, missing), value=seq_len)
             index = start[:, None] + positions
             windows = val.tokens[index.clamp_max(val.num_targets)]
-            nats = score(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), tail, temperature)
+            nats = score(model, windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), tail, temperature)
             scored = ((positions[:-1] >= first[:, None]) & (index[:, 1:] <= val.num_targets))[:, -tail:]
             totals += torch.stack((nats.double().mul(scored).sum(), scored.sum()))
     nats, targets = world.sum_(totals).tolist()
@@ -1477,8 +1489,9 @@ def log_start(cfg: Config, world: World, log: Log) -> None:
     """The source, the versions and the resolved config: a run is reproduced from its log alone."""
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     attention = "FlashAttention-3" if world.device.type == "cuda" and flash_attention_3(cfg) else "PyTorch SDPA"
-    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} device:{world.device.type} gpu:{gpu_name(world)} "
-        f"threads:{torch.get_num_threads()} attention:{attention} precision:{compute_dtype(cfg.precision, world.device)}")
+    log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} device:{world.device.type} "
+        f"gpu:{gpu_name(world)} threads:{torch.get_num_threads()} attention:{attention} "
+        f"precision:{compute_dtype(cfg.precision, world.device)}")
     log("config " + json.dumps(dataclasses.asdict(cfg)), console=False)
 
 
@@ -1495,11 +1508,12 @@ def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
     _, codec, streams = read_container(blob)
     packed = [len(data) for _, data in streams]
     total = len(blob) + len(code)
-    log(f"artifact:{len(blob) / 1e6:.2f}MB ternary:{ternary}({packed[0] + packed[1]}B) fp:{params - ternary}({packed[2] + packed[3]}B) "
-        f"code:{len(code)} codec:{codec}")
-    log(f"budget:{total}/{BUDGET_BYTES} ({total / 1e6:.2f}/{BUDGET_BYTES / 1e6:.2f}MB) {'FITS' if total <= BUDGET_BYTES else 'OVER'}")
-    return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code), "total_bytes": total,
-            "codec": codec, "stream_bytes": packed, "stream_raw_bytes": [raw for raw, _ in streams],
+    log(f"artifact:{len(blob) / 1e6:.2f}MB ternary:{ternary}({packed[0] + packed[1]}B) "
+        f"fp:{params - ternary}({packed[2] + packed[3]}B) code:{len(code)} codec:{codec}")
+    verdict = "FITS" if total <= BUDGET_BYTES else "OVER"
+    log(f"budget:{total}/{BUDGET_BYTES} ({total / 1e6:.2f}/{BUDGET_BYTES / 1e6:.2f}MB) {verdict}")
+    return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code),
+            "total_bytes": total, "codec": codec, "stream_bytes": packed, "stream_raw_bytes": [raw for raw, _ in streams],
             "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_sha256": hashlib.sha256(blob).hexdigest()}
 
 
@@ -1513,8 +1527,8 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
     if cfg.sliding_eval:
         sliding = Clock(world)
         loss, bpb = evaluate(model, val, cfg, world, cfg.sliding_eval_stride)
-        log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.sliding_eval_stride}, T={model.temperature.item():.2f}) "
-            f"eval_time:{1000 * sliding.finish():.0f}ms")
+        log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.sliding_eval_stride}, "
+            f"T={model.temperature.item():.2f}) eval_time:{1000 * sliding.finish():.0f}ms")
         result |= {"sliding_val_loss": loss, "sliding_val_bpb": bpb}
     return result | {"temperature": model.temperature.item(), "eval_time_s": clock.finish()}
 
@@ -1530,9 +1544,9 @@ def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) ->
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} kv:{cfg.num_kv_heads} "
         f"ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
     run = train(model, cfg, world, log, val)
-    loss, bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
-    run |= {"val_loss": loss, "val_bpb": bpb, "zero_frac": zero_fraction(model)}
-    log(f"step:{run['steps']}/{cfg.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * run['train_time_s']:.0f}ms zero_frac:{run['zero_frac']:.3f}")
+    scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
+    run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
+    log(f"{validation_line(cfg, run['steps'], scores, run['train_time_s'])} zero_frac:{run['zero_frac']:.3f}")
     clock = Clock(world)
     blob = b""
     if world.is_main:
@@ -1547,7 +1561,7 @@ def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
     own, default, stored = cfg.model_settings(), Config().model_settings(), artifact_cfg.model_settings()
     for name in own:
         if own[name] != stored[name] and own[name] != default[name]:
-            raise UserError(f"{name}={own[name]}, but ARTIFACT_PATH={cfg.artifact_path!r} holds a model with {name}={stored[name]}")
+            raise UserError(f"{name}={own[name]}, but the model in ARTIFACT_PATH={cfg.artifact_path!r} has {name}={stored[name]}")
     fields = {name.lower(): getattr(artifact_cfg, name.lower()) for name in own}
     return dataclasses.replace(cfg, **fields)
 
@@ -1556,7 +1570,7 @@ def read_artifact(cfg: Config) -> tuple[bytes, Config]:
     """EVAL_ONLY: the artifact's bytes, and the config with its model settings."""
     path = Path(cfg.artifact_path)
     if not path.is_file():
-        raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 scores an artifact that is there")
+        raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
     blob = path.read_bytes()
     return blob, artifact_config(cfg, read_container(blob)[0])
 
@@ -1577,8 +1591,8 @@ def main() -> None:
         model, _ = load_artifact(blob)  # from here on, only what the bytes hold
         model.to(world.device)
         result |= score_artifact(model, val, cfg, world, log)
-    result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world), "torch_version": torch.__version__,
-               "git_commit": git_commit()}
+    result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
+               "torch_version": torch.__version__, "git_commit": git_commit()}
     log("result " + json.dumps(result))
     world.close()
 
