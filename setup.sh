@@ -3,7 +3,7 @@
 #
 #   bash setup.sh                      environment and demo corpus (for the VOCAB_SIZE of the demo's preset)
 #   bash setup.sh --no-data            the environment only; the same as --data none
-#   bash setup.sh --tests              with requirements-test.txt
+#   bash setup.sh --tests              with requirements-test.txt and requirements-data.txt
 #   bash setup.sh --python python3.12  build .venv with this interpreter (3.10 to 3.13)
 #   bash setup.sh --quiet              only what changes and errors; no table
 #
@@ -26,7 +26,7 @@ parse_options() {
         shift
         ;;
       --no-data) data=none ;;
-      --tests) requirements+=(requirements-test.txt) ;;
+      --tests) requirements+=(requirements-test.txt requirements-data.txt) ;;
       --quiet) quiet=1 ;;
       -h | --help) sed -n '/^#   bash/s/^# *//p' setup.sh && exit ;;
       *) die "$1: not an option; see bash setup.sh --help" ;;

@@ -37,6 +37,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +144,7 @@ class Config:
     val_max_tokens: int = 0  # 0: the whole validation split
     sliding_eval: bool = True
     sliding_eval_stride: int = 16
-    sliding_batch_size: int = 256  # windows a step and process
+    sliding_batch_size: int = 256  # windows a step and process, at most MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN
     temp_scaling: bool = True
     artifact_codec: Literal["auto", "base3", "bitmask"] = "auto"  # auto: the smaller
 
@@ -227,6 +228,9 @@ AT_LEAST_ONE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mul
 POSITIVE = "logit_softcap rope_base adam_eps".split()
 NOT_NEGATIVE = """embed_dim warmup_steps max_wallclock_seconds val_loss_every val_max_tokens grad_clip_norm z_loss matrix_lr
     scalar_lr tied_embed_lr adam_lr adam_wd muon_wd muon_momentum_warmup_steps qk_gain_init tied_embed_init_std seed""".split()
+# shards hold 16-bit tokens; the others are far beyond use, and keep an artifact's header from claiming the machine's memory
+AT_MOST = {"vocab_size": 2**16, "num_layers": 1024, "model_dim": 2**16, "embed_dim": 2**16, "mlp_mult": 64,
+           "train_seq_len": 2**20, "seed": 2**63 - 1}
 BELOW_ONE = "muon_momentum muon_momentum_warmup_start beta1 beta2".split()
 
 
@@ -248,14 +252,14 @@ def check_config(cfg: Config) -> None:
     need(0 <= cfg.warmdown_fraction <= 1, "warmdown_fraction", "a number in [0, 1]")
     need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
     need(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", cfg.run_id) is not None, "run_id", "1 to 80 letters, digits or . _ -")
-    need(cfg.vocab_size <= 65_536, "vocab_size", "at most 65536 (shards hold 16-bit tokens)")
-    need(cfg.num_layers <= 1024, "num_layers", "at most 1024")
+    for name, most in AT_MOST.items():
+        need(getattr(cfg, name) <= most, name, f"at most {most}")
     need(cfg.model_dim % cfg.num_heads == 0, "model_dim", f"a multiple of NUM_HEADS={cfg.num_heads}")
     need(cfg.head_dim % 2 == 0, "model_dim", f"an even MODEL_DIM/NUM_HEADS for rotary embeddings (NUM_HEADS={cfg.num_heads})")
     need(cfg.num_heads % cfg.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={cfg.num_heads}")
     need(cfg.model_dim % cfg.bitnet_group_size == 0, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
     window = f"TRAIN_SEQ_LEN={cfg.train_seq_len}"
-    need(cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
+    need(cfg.eval_only or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
     need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most {window}")
     need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least {window}")
 
@@ -274,23 +278,32 @@ class World:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
         """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone without them."""
-        rank, size, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        given = {name: env.get(name, default) for name, default in alone.items()}
+        if not all(text.isdecimal() for text in given.values()) or not int(given["RANK"]) < int(given["WORLD_SIZE"]):
+            raise UserError(f"RANK={given['RANK']!r} WORLD_SIZE={given['WORLD_SIZE']!r}: expected what torchrun sets, or nothing")
+        rank, size, local_rank, local_size = map(int, given.values())
         device = torch.device("cpu")
         keep_freed_memory()
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"LOCAL_RANK={local_rank}: expected one process for each of {torch.cuda.device_count()} GPUs")
+            if max(local_rank + 1, local_size) > torch.cuda.device_count():  # every process sees it, so rank 0 can say it
+                raise UserError(f"LOCAL_WORLD_SIZE={local_size}: expected at most {torch.cuda.device_count()}, one process a GPU")
             device = torch.device("cuda", local_rank)  # LOCAL_RANK, never RANK: there may be several machines
             torch.cuda.set_device(device)
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"WORLD_SIZE={size}: the processes cannot join ({reason}); start them with torchrun") from None
         return cls(rank, size, device)
 
     @staticmethod
     def speaks(env: Mapping[str, str] = os.environ) -> bool:
         """Whether this process prints: known before, and even if, the processes cannot join."""
-        return env.get("RANK", "0") == "0"
+        rank = env.get("RANK", "0")
+        return rank == "0" or not rank.isdecimal() or env.get("WORLD_SIZE", "1") in ("0", "1")
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -409,8 +422,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def compiled(function: Callable, cfg: Config, world: World) -> Callable:
-    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU."""
-    if world.device.type != "cuda" or cfg.compile_mode == "none":
+    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU.
+
+    Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
+    """
+    gpu = world.device.type == "cuda"
+    if not gpu or cfg.compile_mode == "none" or torch.cuda.get_device_capability(world.device) < (8, 9):
         return function
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
     return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
@@ -437,6 +454,19 @@ def write_whole(path: str | Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str) -> None:
+    """UserError unless the artifact can be written there: known before training, not after it."""
+    target = Path(path)
+    if not target.name or target.is_dir():
+        raise UserError(f"ARTIFACT_PATH={path!r}: expected the name of a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"ARTIFACT_PATH={path!r}: expected a file that can be written ({error.strerror})") from None
 
 
 # ---- 3 Data ---------------------------------------------------------------------------------------------------------
@@ -540,8 +570,16 @@ def ternarize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """
     groups = w.float().reshape(-1, group_size)
     scale = groups.abs().sum(-1, keepdim=True, dtype=torch.float64) / group_size
-    scale = scale.half().float().clamp_min(2.0**-14)  # smallest normal float16
+    scale = round_half(scale.float()).clamp_min(2.0**-14)  # smallest normal float16
     return (groups > 0.5 * scale).float() - (groups < -0.5 * scale).float(), scale
+
+
+def round_half(x: Tensor) -> Tensor:
+    """float32 rounded to float16's values (ties to even) in its bits: torch.compile drops the pair .half().float()."""
+    bits = x.view(torch.int32)
+    normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    small = torch.copysign((x.abs() + 0.5) - 0.5, x)  # below 2^-14 values are 2^-24 apart, as they are in float32 above 0.5
+    return torch.where(x.abs() < 2.0**-14, small, normal)
 
 
 def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -569,7 +607,7 @@ class StraightThrough(torch.autograd.Function):
 
 def as_stored(control: Tensor) -> Tensor:
     """A control (gain, scale, bias, mix) at its stored precision, float16."""
-    return StraightThrough.apply(control, control.detach().half().float())
+    return StraightThrough.apply(control, round_half(control.detach()))
 
 
 def pack_base3(codes: np.ndarray) -> bytes:
@@ -644,9 +682,10 @@ class Rotary(nn.Module):
 
 
 def flash_attention_3(cfg: Config) -> Callable | None:
-    """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits."""
+    """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return flash_attn_func if hopper and cfg.precision != "fp32" else None
+    fits = cfg.precision != "fp32" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 256
+    return flash_attn_func if hopper and fits else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -718,7 +757,7 @@ class TableProjection(QuantizedLinear):
 
     def rounded(self) -> Tensor:
         if self.fp_storage == "FP16":
-            return self.weight.detach().half().float()
+            return round_half(self.weight.detach())
         codes, scale = round_fp8(self.weight.detach())
         return codes.float().mul_(scale)
 
@@ -733,11 +772,7 @@ class Table(TableProjection):
         nn.init.normal_(self.weight, std=init_std)
 
 
-ACTIVATIONS = {
-    "relu2": lambda x: F.relu(x).square(),
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
-}
+ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.01)}
 
 
 class Attention(nn.Module):
@@ -950,7 +985,7 @@ class Stage(NamedTuple):
 
 def schedule(cfg: Config, step: int, progress: float) -> Stage:
     """Constant learning rates, then linear to 0 over the last warmdown_fraction of the budget; momentum warms up by steps."""
-    lr_scale = min(1.0, (1 - progress) / cfg.warmdown_fraction) if cfg.warmdown_fraction else 1.0
+    lr_scale = min(1.0, max(0.0, 1 - progress) / cfg.warmdown_fraction) if cfg.warmdown_fraction else 1.0
     warm = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
     return Stage(lr_scale, (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum)
 
@@ -1132,7 +1167,7 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
     reserve_s = warm_up(model, world, log, take_step, optimizers)
     budget_s = cfg.max_wallclock_seconds - reserve_s if cfg.max_wallclock_seconds else math.inf
     if budget_s <= 0:
-        wanted = f"0 or more than the {reserve_s:.2f} s of TEMP_SCALING"
+        wanted = f"0 (no cap), or more than the {reserve_s:.2f} s that TEMP_SCALING takes"
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
     losses: list[float] = []
@@ -1141,7 +1176,7 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
     for step in itertools.count():
         # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
         progress = world.agree(max(clock.elapsed() / budget_s, step / cfg.iterations))
-        if progress >= 1:
+        if progress >= 1 and step:
             break
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
             with clock.paused():
@@ -1245,12 +1280,12 @@ def table_bytes(w: Tensor, fp_storage: str) -> bytes:
 
 
 def save_artifact(model: GPT, cfg: Config) -> bytes:
-    """The trained model as bytes; the same weights give the same bytes (with the same liblzma). ValueError if not finite."""
+    """The trained model as bytes; the same weights give the same bytes (with the same liblzma). UserError if not finite."""
     trits, scales, tables, controls = [], [], [], []
     for name, module, p, role in parameter_owners(model):
         w = p.detach().float().cpu()
-        if not torch.isfinite(w).all():
-            raise ValueError(f"{name} holds values that are not finite: nothing is exported")
+        if not torch.isfinite(w if role == Role("matrix", "ternary") else w.half()).all():
+            raise UserError(f"training diverged: {name} is not finite; try a lower MATRIX_LR={cfg.matrix_lr}")
         if role.storage == "ternary":
             codes, scale = ternarize(w, module.group_size)
             trits.append(codes.to(torch.int8).flatten().numpy())
@@ -1286,7 +1321,8 @@ def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
     try:
         settings = dict(line.split("=", 1) for line in body[:header_length].decode().split("\n"))
         codec = settings.pop("codec")
-        cfg = Config.from_env(settings)
+        # how training cut its batches is not stored: any batch and stride that suit the stored window will do
+        cfg = Config.from_env(settings | {"TRAIN_BATCH_TOKENS": settings["TRAIN_SEQ_LEN"], "SLIDING_EVAL_STRIDE": "1"})
         lengths = STREAM_LENGTHS.unpack_from(body, header_length)
     except (ValueError, KeyError, struct.error) as error:
         raise ArtifactError(f"the artifact's header is not valid: {error}") from None
@@ -1300,12 +1336,13 @@ def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
     return cfg, codec, [(raw, body[a:b]) for raw, a, b in zip(raw_lengths, ends, ends[1:], strict=False)]
 
 
-def load_artifact(blob: bytes) -> tuple[GPT, Config]:
+def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
     """A fresh, frozen model on the CPU and its config (model settings from the artifact, the rest defaults).
 
     ArtifactError (a ValueError) for anything that is not a whole, valid artifact; no code in it can run.
     """
     cfg, codec, streams = read_container(blob)
+    cfg = dataclasses.replace(cfg, precision=precision)
     with torch.device("meta"):  # shapes only: what the header claims is checked before anything is allocated
         owners = [(module, p.numel(), role) for _, module, p, role in parameter_owners(GPT(cfg))]
     count = {kind: sum(n for _, n, role in owners if role.storage == kind) for kind in ("ternary", "table", "control")}
@@ -1430,7 +1467,10 @@ def window_plan(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray
 
 def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tensor) -> Tensor:
     """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
-    return token_nats(model.logits(model.hidden(x)[:, -tail:]) / temperature, y[:, -tail:])[0]
+    h, y = model.hidden(x)[:, -tail:], y[:, -tail:]
+    rows = len(h) if h.is_cuda else max(1, 2**20 // (tail * model.cfg.vocab_size))  # logits that stay in a CPU's cache
+    parts = [token_nats(model.logits(a) / temperature, b)[0] for a, b in zip(h.split(rows), y.split(rows), strict=True)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -1579,7 +1619,9 @@ def main() -> None:
     cfg = Config.from_env()
     blob, cfg = read_artifact(cfg) if cfg.eval_only else (b"", cfg)
     world = World.from_env()
-    batch_layout(cfg, world.size)
+    if not cfg.eval_only:
+        batch_layout(cfg, world.size)
+        check_writable(cfg.artifact_path)
     val = ValidationSet.load(cfg, world)
     log = Log(cfg, world)
     log_start(cfg, world, log)
@@ -1588,7 +1630,7 @@ def main() -> None:
         if not cfg.eval_only:
             blob, run = train_and_export(cfg, world, log, val)
             result |= run
-        model, _ = load_artifact(blob)  # from here on, only what the bytes hold
+        model, _ = load_artifact(blob, cfg.precision)  # from here on, only what the bytes hold
         model.to(world.device)
         result |= score_artifact(model, val, cfg, world, log)
     result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
@@ -1603,7 +1645,9 @@ def run() -> int:
         main()
     except (UserError, OSError) as error:
         if World.speaks():
-            print(f"train_gpt.py: {error}", file=sys.stderr)
+            print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}", file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends every process with the first one that fails: rank 0 must be heard before
         return 2
     return 0
 

@@ -39,16 +39,17 @@ def blob(model):
 
 def loss(model):
     torch.manual_seed(5)
-    x = torch.randint(320, (4, 32))
+    x = torch.randint(320, (4, model.cfg.train_seq_len))
     with torch.no_grad():
         return model(x, x.roll(-1, 1))
 
 
 @pytest.mark.parametrize("settings", [{}, {"artifact_codec": "bitmask"}, {"artifact_codec": "base3"}, {"fp_storage": "FP16"}, {"embed_dim": 0},
-                                      {"num_layers": 1}, {"softcap_type": "tanh", "rope_type": "rope", "activation": "relu"}])  # fmt: skip
+                                      {"num_layers": 1}, {"train_seq_len": 8, "train_batch_tokens": 64}, {"train_seq_len": 48, "train_batch_tokens": 96},
+                                      {"precision": "bf16"}, {"softcap_type": "tanh", "rope_type": "rope", "activation": "relu"}])  # fmt: skip
 def test_save_and_load_give_the_same_losses_exactly(settings):
     trained = tiny_model(**settings)
-    loaded, cfg = load_artifact(save_artifact(trained, trained.cfg))
+    loaded, cfg = load_artifact(save_artifact(trained, trained.cfg), trained.cfg.precision)
     assert torch.equal(loss(trained), loss(loaded))
     assert cfg.model_settings() == trained.cfg.model_settings()
 
@@ -136,7 +137,8 @@ def test_a_resealed_artifact_still_loads(blob):
 
 def test_lying_headers_are_refused_before_anything_is_allocated(blob):
     header = blob[ARTIFACT_PREFIX.size :][: ARTIFACT_PREFIX.unpack_from(blob)[2]]
-    for old, new in ((b"NUM_LAYERS=3", b"NUM_LAYERS=1000"), (b"MODEL_DIM=64", b"MODEL_DIM=64000000"), (b"NUM_LAYERS=3", b"NUM_LAYERS=4"),
+    for old, new in ((b"NUM_LAYERS=3", b"NUM_LAYERS=1000"), (b"MODEL_DIM=64", b"MODEL_DIM=64000000"), (b"MLP_MULT=2", b"MLP_MULT=100000000000000000000"),
+                     (b"TRAIN_SEQ_LEN=32", b"TRAIN_SEQ_LEN=1000000000"), (b"NUM_LAYERS=3", b"NUM_LAYERS=4"),
                      (b"NUM_LAYERS=3", b"NUM_LAYERS=__import__('os')"), (b"VOCAB_SIZE=320\n", b""), (b"codec=", b"kodec="), (b"ACTIVATION=relu2", b"ACTIVATION=exec"),
                      (b"VOCAB_SIZE=320", b"VOCAB_SIZE=320\nRUN_ID=x"), (b"NUM_LAYERS=3", b"\xff\xfe")):  # fmt: skip
         assert old in header

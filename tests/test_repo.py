@@ -13,7 +13,10 @@ FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef
 
 
 def test_the_file_keeps_its_shape():
-    lines = [line for line in SOURCE.splitlines() if line.strip()]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [n.body[0] for n in ast.walk(TREE) if isinstance(n, documented) and ast.get_docstring(n)]
+    skipped = {line for d in docstrings for line in range(d.lineno, d.end_lineno + 1)}
+    lines = [line for i, line in enumerate(SOURCE.splitlines(), 1) if i not in skipped and line.strip() and line.strip()[0] != "#"]
     assert len(lines) <= 1300
     assert max(len(line) for line in SOURCE.splitlines()) <= 130
     lengths = {f.name: f.end_lineno - f.lineno + 1 for f in FUNCTIONS}

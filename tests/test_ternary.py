@@ -17,6 +17,7 @@ from train_gpt import (
     pack_base3,
     pack_bitmask,
     round_fp8,
+    round_half,
     ternarize,
     unpack_base3,
     unpack_bitmask,
@@ -132,6 +133,15 @@ def test_fp8_rounding_against_the_nearest_value_of_the_format(spread):
     target = w.double() / scale.double()
     nearest = (target[..., None] - grid).abs().min(-1).values
     torch.testing.assert_close((codes.double() - target).abs(), nearest, rtol=1e-6, atol=1e-12)
+
+
+def test_round_half_is_float16_for_every_exponent():
+    """torch.compile drops .half().float(); the rounding in bits must give what the conversion gives, sign of zero included."""
+    bits = torch.arange(0, 2**31 - 1, 99991, dtype=torch.int64).to(torch.int32)
+    ties = torch.arange(-(2**12), 2**12).float() * 2.0**-25  # half-way between subnormals
+    x = torch.cat((bits.view(torch.float32), -bits.view(torch.float32), ties, 1 + ties * 2.0**13))
+    x = x[x.abs() < 65504]
+    assert torch.equal(round_half(x).view(torch.int32), x.half().float().view(torch.int32))
 
 
 def test_fp8_rounding_is_idempotent_and_survives_zeros():

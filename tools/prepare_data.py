@@ -144,8 +144,6 @@ class TextJob(NamedTuple):
 def text(args):
     """Make a dataset of any text files."""
     inputs, val_inputs = find_files(args.input, "INPUT"), find_files(args.val, "--val")
-    held_out = {path.resolve() for path in val_inputs}
-    inputs = [path for path in inputs if path.resolve() not in held_out]
     if not inputs and not val_inputs:
         raise UserError("INPUT: no text file given, nor one by --val")
     make_text_dataset(TextJob(args, args.out, inputs, val_inputs, args.val_fraction, args.tokenizer, args.vocab_size))
