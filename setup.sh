@@ -3,6 +3,7 @@
 #
 #   bash setup.sh                      environment and demo corpus (for the VOCAB_SIZE of the demo's preset)
 #   bash setup.sh --no-data            the environment only; the same as --data none
+#   bash setup.sh --data fineweb       environment and the published FineWeb shards: the full run's 52, or --shards N
 #   bash setup.sh --tests              with requirements-test.txt and requirements-data.txt
 #   bash setup.sh --python python3.12  build .venv with this interpreter (3.10 to 3.13)
 #   bash setup.sh --quiet              only what changes and errors; no table
@@ -15,14 +16,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
 
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl}
 brief=(--retries 2 --timeout 15) # an index that cannot be reached costs seconds, not minutes
-python_wanted='' data=demo quiet='' requirements=(requirements.txt)
+python_wanted='' data=demo shards='' quiet='' requirements=(requirements.txt)
 
 parse_options() {
   while (($#)); do
     case $1 in
-      --python | --data)
+      --python | --data | --shards)
         (($# > 1)) || die "$1: a value is missing; see bash setup.sh --help"
-        if [[ $1 == --data ]]; then data=$2; else python_wanted=$2; fi
+        case $1 in
+          --python) python_wanted=$2 ;;
+          --data) data=$2 ;;
+          --shards) shards=$2 ;;
+        esac
         shift
         ;;
       --no-data) data=none ;;
@@ -35,8 +40,10 @@ parse_options() {
   done
   case $data in
     demo | none) ;;
-    *) die "--data $data: expected demo or none" ;;
+    fineweb) requirements+=(requirements-data.txt) ;;
+    *) die "--data $data: expected demo, fineweb or none" ;;
   esac
+  [[ -z $shards || $data == fineweb ]] || die "--shards $shards: needs --data fineweb"
 }
 
 # Two setups of one folder would install over each other: the second one waits.
@@ -146,6 +153,10 @@ prepare_data() {
       load_demo_preset "$VENV_PYTHON"
       make_demo_data "$VENV_PYTHON"
       data_folder=$demo_folder
+      ;;
+    fineweb)
+      "$VENV_PYTHON" tools/prepare_data.py fetch sp8192 ${shards:+--shards "$shards"}
+      data_folder=data/datasets/fineweb10B_sp8192
       ;;
     none) data_folder='' ;;
   esac

@@ -434,7 +434,7 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the blocks it frees: handing them back and taking them again as page faults costs a CPU run a tenth."""
+    """Let glibc keep the blocks it frees: returning them and faulting them in again costs a CPU run 11 % (RESULTS.md R004)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         for option, value in ((-3, 1 << 25), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -1006,7 +1006,7 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
 
     A step has at least two over all processes. One process then adds the same two gradients as two processes do, so that
     their runs agree to the last bit on a CPU; with another order of summation, rounding moves codes over the thresholds of
-    `ternarize`, and the losses part by 0.01 within 20 steps (measured).
+    `ternarize`, and the losses part by 0.006 within 20 steps (RESULTS.md R004).
     """
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
     if sequences % world_size:

@@ -410,7 +410,8 @@ def test_record_run_names_what_is_missing(tree, env, message):
 @pytest.mark.parametrize("arguments, message", [
     ("--frob", "--frob: not an option"),
     ("--data", "--data: a value is missing"),
-    ("--data x", "--data x: expected demo or none"),
+    ("--data x", "--data x: expected demo, fineweb or none"),
+    ("--shards 2", "--shards 2: needs --data fineweb"),
     ("--no-data --python ./no-python", "no usable Python 3.10 to 3.13 (./no-python does not run)"),
     ("--no-data --python ./old-python", "(./old-python is 3.9)"),
 ])  # fmt: skip
