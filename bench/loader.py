@@ -53,7 +53,7 @@ def main() -> None:
             write_shards(folder, cfg.vocab_size)
             cfg = dataclasses.replace(cfg, data_path=folder)
         print("| batches | median wait | 99 % | share of a 60 ms step |\n|---|---|---|---|")
-        for name, step_s in (("prepared during the step", STEP_S), ("read when asked for", 0.0)):
+        for name, step_s in (("prepared during the step", STEP_S), ("without a step between", 0.0)):
             waits = waits_s(cfg, step_s)
             median, worst = np.median(waits), np.quantile(waits, 0.99)
             print(f"| {name} | {1e3 * median:.3f} ms | {1e3 * worst:.3f} ms | {100 * median / STEP_S:.2f} % |", flush=True)
