@@ -8,8 +8,8 @@ defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured 
     EVAL_ONLY=1 ARTIFACT_PATH=model.ptz python train_gpt.py        score an artifact from its bytes alone
 
 The file reads in the order the data flows:
-    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer    7 Training    8 Artifact    9 Evaluation
-    10 Report   11 Main
+    0 Settings of other systems    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer
+    7 Training    8 Artifact    9 Published codecs    10 Evaluation    11 Report    12 Main
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G weights
 that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte (bpb) are
@@ -22,6 +22,7 @@ arXiv:2305.13245; relu^2 arXiv:2109.08668; QK-norm arXiv:2010.04245; parameter-g
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -63,8 +64,7 @@ class UserError(ValueError):
     """Something a user can set or supply wrongly; the text names the setting, its value and what was expected."""
 
 
-# ---- 1 Config -------------------------------------------------------------------------------------------------------
-# Environment in, one frozen object out. A setting is the field's name in upper case, no exceptions.
+# ---- 0 Settings of other systems (option) ---------------------------------------------------------------------------
 
 
 def model_setting(default: Any) -> Any:
@@ -73,10 +73,46 @@ def model_setting(default: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class OptionalSettings:
+    """Settings that stand at "off" in the default. A `Literal` with one choice: this file does not implement the others."""
+
+    # switches of #640's command
+    tie_embeddings: Literal[1] = 1
+    attn_proj_type: Literal["standard"] = "standard"
+    logit_head_type: Literal["standard"] = "standard"
+    bigram_hash: Literal[0] = 0
+    mtp_heads: Literal[0] = 0
+    diff_attn: Literal[0] = 0
+    mlp_groups: Literal[0] = 0
+    refiner: Literal[0] = 0
+    smear: Literal[0] = 0
+    training_depth_recurrence: Literal[0, 1] = 0
+    eval_depth_recurrence: Literal[0, 1] = 0
+    seq_len_start: Literal[0] = 0
+    batch_tokens_start: Literal[0] = 0
+    untie_at_fraction: float = 0.0
+    churn_log_every: Literal[0] = 0
+    # companions of those switches: read with #640's command, without effect while the switch is off
+    tversky_num_features: int = 0
+    tversky_feature_pools: int = 0
+    tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
+    refiner_kernel: int = 3
+    seq_schedule_fraction: float = 0.0
+    batch_schedule_fraction: float = 0.33
+    embed_lr: float = 0.6
+    head_lr: float = 0.02
+    corr_weight_lr: float = 0.02
+
+
+# ---- 1 Config -------------------------------------------------------------------------------------------------------
+# Environment in, one frozen object out. A setting is the field's name in upper case, no exceptions.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(OptionalSettings):
     """Every setting. The defaults are the submission; NUM_LAYERS=12 in the environment sets num_layers.
 
-    Names are #640's. A `Literal` with one choice is a switch of #640 whose other values this file does not implement.
+    Names are #640's.
     """
 
     # run
@@ -111,7 +147,12 @@ class Config:
     rope_base: float = model_setting(5000.0)
     yarn_max_len: int = model_setting(2048)
     bitnet_group_size: int = model_setting(128)
-    fp_storage: Literal["FP8", "FP16"] = model_setting("FP8")  # of the embedding table and its two projections
+    scale_group: Literal["group", "row", "tensor"] = model_setting("group")  # weights that share a scale
+    scale_stat: Literal["absmean", "rms", "lstsq"] = model_setting("absmean")
+    scale_storage: Literal["e4m3", "fp16", "bf16"] = model_setting("e4m3")
+    ternary_threshold: float = model_setting(0.5)  # codes are 0 below this share of the scale (lstsq: of the mean magnitude)
+    # the embedding table and its two projections; INTb: about b bits a weight after coding
+    fp_storage: Literal["FP8", "FP16", "INT6", "INT5", "INT4"] = model_setting("FP8")
 
     # data
     train_batch_tokens: int = 524_288
@@ -146,34 +187,7 @@ class Config:
     sliding_eval_stride: int = 16
     sliding_batch_size: int = 256  # windows a step and process, at most MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN
     temp_scaling: bool = True
-    artifact_codec: Literal["auto", "base3", "bitmask"] = "auto"  # auto: the smaller
-
-    # switches of #640's command that stand at "off" there
-    tie_embeddings: Literal[1] = 1
-    attn_proj_type: Literal["standard"] = "standard"
-    logit_head_type: Literal["standard"] = "standard"
-    bigram_hash: Literal[0] = 0
-    mtp_heads: Literal[0] = 0
-    diff_attn: Literal[0] = 0
-    mlp_groups: Literal[0] = 0
-    refiner: Literal[0] = 0
-    smear: Literal[0] = 0
-    training_depth_recurrence: Literal[0, 1] = 0
-    eval_depth_recurrence: Literal[0, 1] = 0
-    seq_len_start: Literal[0] = 0
-    batch_tokens_start: Literal[0] = 0
-    untie_at_fraction: float = 0.0
-    churn_log_every: Literal[0] = 0
-    # companions of those switches: read with #640's command, without effect while the switch is off
-    tversky_num_features: int = 0
-    tversky_feature_pools: int = 0
-    tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
-    refiner_kernel: int = 3
-    seq_schedule_fraction: float = 0.0
-    batch_schedule_fraction: float = 0.33
-    embed_lr: float = 0.6
-    head_lr: float = 0.02
-    corr_weight_lr: float = 0.02
+    artifact_codec: Literal["auto", "ans", "base3", "bitmask"] = "auto"  # auto: the smallest
 
     @property
     def head_dim(self) -> int:
@@ -257,7 +271,9 @@ def check_config(cfg: Config) -> None:
     need(cfg.model_dim % cfg.num_heads == 0, "model_dim", f"a multiple of NUM_HEADS={cfg.num_heads}")
     need(cfg.head_dim % 2 == 0, "model_dim", f"an even MODEL_DIM/NUM_HEADS for rotary embeddings (NUM_HEADS={cfg.num_heads})")
     need(cfg.num_heads % cfg.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={cfg.num_heads}")
-    need(cfg.model_dim % cfg.bitnet_group_size == 0, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
+    divides = cfg.scale_group != "group" or cfg.model_dim % cfg.bitnet_group_size == 0
+    need(divides, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
+    need(0 <= cfg.ternary_threshold <= 2, "ternary_threshold", "a number in [0, 2]")
     window = f"TRAIN_SEQ_LEN={cfg.train_seq_len}"
     need(cfg.eval_only or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
     need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most {window}")
@@ -561,25 +577,57 @@ class Batches:
 # What a stored weight is, and its bytes. Pure functions; training, export, diagnostics and tests call the same ones.
 
 
-def ternarize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+class ScaleFormat(NamedTuple):
+    """How a group's scale is computed and stored, and where its codes change."""
+
+    stat: Literal["absmean", "rms", "lstsq"] = "absmean"
+    storage: Literal["e4m3", "fp16", "bf16"] = "e4m3"
+    threshold: float = 0.5
+
+
+def ternarize(w: Tensor, group_size: int, form: ScaleFormat = ScaleFormat()) -> tuple[Tensor, Tensor]:  # noqa: B008
     """BitNet b1.58 (arXiv:2402.17764): codes (groups, G) in {-1, 0, 1} and one scale (groups, 1) per G weights in a row.
 
-    The scale is the mean magnitude rounded to float16, the precision it is stored in: what is trained is what is stored.
-    A code is round(w / scale) clipped to 1, written as a comparison; with the sum in float64, whose order of summation float16
-    cannot see, CPU, GPU and compiled code get the same bits.
+    absmean: the mean magnitude, codes are round(w / scale) clipped to 1, written as a comparison. rms: the root mean square
+    (#920). lstsq: codes as for absmean, scale with the least squared error, the mean magnitude of what is not 0 (Ternary
+    Weight Networks, arXiv:1605.04711). The scale is rounded as it is stored: what is trained is what is stored. With sums in
+    float64, whose order the rounding cannot see, CPU, GPU and compiled code get the same bits.
     """
     groups = w.float().reshape(-1, group_size)
-    scale = groups.abs().sum(-1, keepdim=True, dtype=torch.float64) / group_size
-    scale = round_half(scale.float()).clamp_min(2.0**-14)  # smallest normal float16
-    return (groups > 0.5 * scale).float() - (groups < -0.5 * scale).float(), scale
+    size = groups.abs()
+    mean = (size.square() if form.stat == "rms" else size).sum(-1, keepdim=True, dtype=torch.float64) / group_size
+    scale = round_scale((mean.sqrt() if form.stat == "rms" else mean).float(), "fp16" if form.stat == "lstsq" else form.storage)
+    limit = form.threshold * scale
+    codes = (groups > limit).float() - (groups < -limit).float()
+    if form.stat == "lstsq":
+        nonzero = codes.abs()
+        total = (size * nonzero).sum(-1, keepdim=True, dtype=torch.float64)
+        scale = round_scale((total / nonzero.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1)).float(), form.storage)
+    return codes, scale
+
+
+# storage -> (mantissa bits dropped from float32's 23, smallest and largest value). A scale has no sign, so a byte holds e4m3's
+# three mantissa bits and five exponent bits: no second scale is needed to bring it into range
+SCALE_STORAGES = {"fp16": (13, 2.0**-14, 65504.0), "bf16": (16, 2.0**-100, 2.0**100), "e4m3": (20, 2.0**-24, 240.0)}
+E4M3_FIRST = (127 - 24) << 3  # the upper bits of float32's 2^-24, code 0
+
+
+def drop_mantissa(x: Tensor, dropped: int) -> Tensor:
+    """float32 rounded to `dropped` mantissa bits fewer (ties to even), in its bits."""
+    bits = x.view(torch.int32)
+    return ((bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)) & -(1 << dropped)).view(torch.float32)
+
+
+def round_scale(x: Tensor, storage: str) -> Tensor:
+    """Positive float32 values as they will be stored."""
+    dropped, smallest, largest = SCALE_STORAGES[storage]
+    return drop_mantissa(x, dropped).clamp(smallest, largest)
 
 
 def round_half(x: Tensor) -> Tensor:
     """float32 rounded to float16's values (ties to even) in its bits: torch.compile drops the pair .half().float()."""
-    bits = x.view(torch.int32)
-    normal = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
     small = torch.copysign((x.abs() + 0.5) - 0.5, x)  # below 2^-14 values are 2^-24 apart, as they are in float32 above 0.5
-    return torch.where(x.abs() < 2.0**-14, small, normal)
+    return torch.where(x.abs() < 2.0**-14, small, drop_mantissa(x, 13))
 
 
 def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -591,6 +639,26 @@ def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     bits = w.detach().abs().amax().float().clamp_min(2.0**-100).view(torch.int32)
     scale = ((((bits + 0x1FFFFF) >> 23) - 8) << 23).view(torch.float32)
     return (w.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def round_int(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Whole-number codes (as w) and a step (rows, 1) for each row: its root mean square / 2^(bits - 2).
+
+    A Gaussian row then takes bits + .05 bits a weight after entropy coding; codes reach +-127, so nothing near is clipped
+    (a uniform quantizer with entropy coding: Gish and Pierce 1968). The step is rounded like a scale. Reciprocal and root
+    are taken in float64: the quotient is then the same on every device.
+    """
+    rms = w.float().square().mean(-1, keepdim=True, dtype=torch.float64).sqrt()
+    step = round_scale((rms * 2.0 ** (2 - bits)).float(), "e4m3")
+    return (w.float() * step.double().reciprocal().float()).round().clamp(-127, 127), step
+
+
+def round_table(w: Tensor, storage: str) -> Tensor:
+    """A table or one of its projections as it comes back from the artifact, float32."""
+    if storage == "FP16":
+        return round_half(w)
+    codes, scale = round_fp8(w) if storage == "FP8" else round_int(w, int(storage[-1]))
+    return codes.float() * scale
 
 
 class StraightThrough(torch.autograd.Function):
@@ -610,46 +678,124 @@ def as_stored(control: Tensor) -> Tensor:
     return StraightThrough.apply(control, round_half(control.detach()))
 
 
-def pack_base3(codes: np.ndarray) -> bytes:
-    """Five trits a byte: sum of (code + 1) * 3^j, j = 0..4; the last byte is filled up with digit 0. 1.6 bits a weight."""
-    digits = np.zeros(-(-codes.size // 5) * 5, dtype=np.uint8)
-    digits[: codes.size] = codes + 1
-    return (digits.reshape(-1, 5) @ np.array([1, 3, 9, 27, 81], dtype=np.uint8)).astype(np.uint8).tobytes()
+# Entropy coding: interleaved rANS (Duda, arXiv:1311.2540; Giesen, arXiv:1402.3392) with static tables. Each lane has a 32-bit
+# state of at least 2^16 and exchanges 16-bit words with one common stream; numpy advances all lanes at once. Probabilities are
+# whole numbers of 2^-14. Integers only: the same bytes on every machine.
+
+ANS_BITS, ANS_LOWEST, ANS_SLAB = 14, 1 << 16, 1 << 20
+ANS_TOTAL = 1 << ANS_BITS
 
 
-def unpack_base3(data: bytes, count: int) -> np.ndarray:
-    """Inverse of pack_base3: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
-    packed = np.frombuffer(data, dtype=np.uint8)
-    if packed.size != -(-count // 5) or (packed.size and packed.max() > 242):
-        raise ValueError("not a base-3 packing")
-    digits = np.empty((packed.size, 5), dtype=np.uint8)
-    for j in range(5):
-        packed, digits[:, j] = np.divmod(packed, np.uint8(3))
-    digits = digits.reshape(-1)
-    if digits[count:].any():
-        raise ValueError("not a base-3 packing: padding is not zero")
-    return digits[:count].astype(np.int8) - 1
+def ans_lanes(count: int) -> int:
+    """Lanes for `count` symbols: more are faster, each costs 4 bytes."""
+    return 1 << min(11, max(0, count.bit_length() - 14))
 
 
-def pack_bitmask(codes: np.ndarray) -> bytes:
-    """One bit a weight (is it nonzero?), then one bit a nonzero weight (is it +1?). 2 - zero fraction bits a weight."""
-    return np.packbits(codes != 0).tobytes() + np.packbits(codes[codes != 0] > 0).tobytes()
+def ans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (256,) -> frequencies that add up to 2^14, at least 1 for what occurs; all 0 if nothing does."""
+    total = int(counts.sum())
+    if not total:
+        return np.zeros(256, np.int64)
+    f = np.where(counts > 0, np.maximum(1, counts * ANS_TOTAL // total), 0)
+    while excess := int(f.sum()) - ANS_TOTAL:
+        f[f.argmax()] -= min(excess, int(f.max()) // 2)  # a lack (excess below 0) goes to the most frequent symbol at once
+    return f
 
 
-def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
-    """Inverse of pack_bitmask: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
-    packed, mask_bytes = np.frombuffer(data, dtype=np.uint8), -(-count // 8)
-    mask = np.unpackbits(packed[:mask_bytes])
-    nonzero = int(mask.sum())
-    signs = np.unpackbits(packed[mask_bytes:])
-    if packed.size != mask_bytes + -(-nonzero // 8) or mask[count:].any() or signs[nonzero:].any():
-        raise ValueError("not a bitmask packing")
-    codes = np.zeros(count, dtype=np.int8)
-    codes[mask[:count].astype(bool)] = 2 * signs[:nonzero].astype(np.int8) - 1
-    return codes
+def ans_encode(symbols: np.ndarray, contexts: np.ndarray) -> bytes:
+    """(n,) uint8 symbols under the tables that `contexts` (n,) names: count and number of tables (uint32, uint16), for each
+    table its first and last symbol (uint8) and the frequencies between (below 128 a byte, else two: low seven bits with the
+    eighth set, then the rest), the lanes' states, the words."""
+    count, lanes = symbols.size, ans_lanes(symbols.size)
+    tables, slab = int(contexts.max(initial=0)) + 1, max(lanes, ANS_SLAB)
+    counts = np.zeros(tables << 8, np.int64)
+    for a in range(0, count, slab):
+        counts += np.bincount((contexts[a : a + slab].astype(np.int32) << 8) | symbols[a : a + slab], minlength=tables << 8)
+    frequencies = np.stack([ans_frequencies(c) for c in counts.reshape(tables, 256)])
+    f_table, start_table = (t.reshape(-1).astype(np.uint32) for t in (frequencies, frequencies.cumsum(1) - frequencies))
+    state, words = np.full(lanes, ANS_LOWEST, np.uint32), []
+    for a in reversed(range(0, count, slab)):  # last symbol first: the decoder then reads forwards
+        index = (contexts[a : a + slab].astype(np.int32) << 8) | symbols[a : a + slab]
+        f, start = f_table[index], start_table[index]
+        largest = ((f.astype(np.uint64) << (32 - ANS_BITS)) - 1).astype(np.uint32)  # a state above it would overflow
+        for i in reversed(range(0, len(f), lanes)):
+            f_i, x = f[i : i + lanes], state[: len(f[i : i + lanes])]
+            full = x > largest[i : i + lanes]
+            words.append(x[full].astype("<u2"))
+            x = np.where(full, x >> 16, x)
+            quotient = x // f_i
+            state[: len(x)] = (quotient << ANS_BITS) + (x - quotient * f_i) + start[i : i + lanes]
+    parts = [struct.pack("<IH", count, tables)]
+    for f in frequencies:
+        used = np.flatnonzero(f)
+        first, last = (int(used[0]), int(used[-1])) if used.size else (1, 0)
+        numbers = (bytes([n] if n < 128 else [n & 127 | 128, n >> 7]) for n in f[first : last + 1].tolist())
+        parts += [bytes([first, last]), *numbers]
+    return b"".join([*parts, state.astype("<u4").tobytes(), *(w.tobytes() for w in reversed(words))])
 
 
-CODECS = {"base3": (pack_base3, unpack_base3), "bitmask": (pack_bitmask, unpack_bitmask)}
+class AnsStream(NamedTuple):
+    """The parts of what `ans_encode` wrote."""
+
+    count: int
+    frequencies: np.ndarray  # (tables, 256)
+    state: np.ndarray  # (lanes,) uint32
+    words: np.ndarray  # uint16
+
+    @classmethod
+    def parse(cls, data: bytes, count: int) -> AnsStream:
+        """ArtifactError unless it is a stream of `count` symbols with enough bits for them; allocates tables only."""
+        try:
+            found, tables = struct.unpack_from("<IH", data)
+            frequencies, at = np.zeros((tables if tables <= 256 else 0, 256), np.int64), 6
+            for row in frequencies:
+                first, last, at = data[at], data[at + 1], at + 2
+                for symbol in range(first, last + 1):
+                    wide = data[at] >= 128
+                    row[symbol], at = (data[at] & 127 | data[at + 1] << 7, at + 2) if wide else (data[at], at + 1)
+            state = np.frombuffer(data, "<u4", ans_lanes(count), at)
+            words = np.frombuffer(data, "<u2", -1, at + state.nbytes) if at + state.nbytes < len(data) else np.empty(0, "<u2")
+        except (struct.error, ValueError, IndexError):
+            raise ArtifactError("a stream is cut off") from None
+        sums = frequencies.sum(1)
+        if found != count or not sums.size or ((sums != ANS_TOTAL) & (sums != 0)).any() or not sums.any() and count:
+            raise ArtifactError(f"a stream is not that of {count} symbols under valid frequencies")
+        fewest_bits = count * math.log2(ANS_TOTAL / max(1, frequencies.max()))  # were every symbol the most probable one
+        if fewest_bits > 1.01 * (16 * len(words) + 32 * len(state)):
+            raise ArtifactError(f"a stream is too short for {count} symbols")
+        return cls(count, frequencies, state, words)
+
+    def decode(self, contexts: np.ndarray) -> np.ndarray:
+        """(count,) uint8; `contexts` as in ans_encode. ArtifactError unless words and states come out even."""
+        lanes, count, words = len(self.state), self.count, self.words.astype(np.uint32)
+        if int(contexts.max(initial=0)) >= len(self.frequencies) or not self.frequencies.any(1)[np.unique(contexts)].all():
+            raise ArtifactError("a stream lacks a table of frequencies")
+        slots = [np.repeat(np.arange(256, dtype=np.uint8), f) for f in self.frequencies]
+        symbol_table = np.concatenate([s if s.size else np.zeros(ANS_TOTAL, np.uint8) for s in slots])
+        starts = self.frequencies.cumsum(1) - self.frequencies
+        f_table, start_table = (t.reshape(-1).astype(np.uint32) for t in (self.frequencies, starts))
+        state, out, at, slab = self.state.copy(), np.empty(count, np.uint8), 0, max(lanes, ANS_SLAB)
+        for a in range(0, count, slab):
+            context = contexts[a : a + slab].astype(np.uint32)
+            by_slot, by_symbol = context << ANS_BITS, context << 8
+            for i in range(0, len(context), lanes):
+                table = by_slot[i : i + lanes]
+                x = state[: len(table)]
+                slot = x & (ANS_TOTAL - 1)
+                symbol = symbol_table[table | slot]
+                index = by_symbol[i : i + lanes] | symbol
+                x = f_table[index] * (x >> ANS_BITS) + slot - start_table[index]
+                low = np.flatnonzero(x < ANS_LOWEST)
+                more = words[at : at + len(low)]
+                if len(more) < len(low):
+                    raise ArtifactError("a stream is cut off")
+                x[low] = (x[low] << 16) | more
+                at += len(low)
+                state[: len(x)] = x
+                out[a + i : a + i + len(x)] = symbol
+        if at != len(words) or (state != ANS_LOWEST).any():
+            raise ArtifactError("a stream is damaged: it does not end as it began")
+        return out
 
 
 # ---- 5 Model --------------------------------------------------------------------------------------------------------
@@ -735,13 +881,18 @@ class QuantizedLinear(nn.Module):
 class TernaryLinear(QuantizedLinear):
     role = Role("matrix", "ternary")
 
-    def __init__(self, in_dim: int, out_dim: int, group_size: int, init_std: float = 0.02) -> None:
+    def __init__(self, in_dim: int, out_dim: int, cfg: Config, init_std: float = 0.02) -> None:
         super().__init__(in_dim, out_dim)
-        self.group_size = group_size
+        self.group_size = {"group": cfg.bitnet_group_size, "row": in_dim, "tensor": in_dim * out_dim}[cfg.scale_group]
+        self.form = ScaleFormat(cfg.scale_stat, cfg.scale_storage, cfg.ternary_threshold)
         nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
 
+    def ternarized(self) -> tuple[Tensor, Tensor]:
+        """Codes (groups, G) and scales (groups, 1)."""
+        return ternarize(self.weight.detach(), self.group_size, self.form)
+
     def rounded(self) -> Tensor:
-        codes, scale = ternarize(self.weight.detach(), self.group_size)
+        codes, scale = self.ternarized()
         return codes.mul_(scale).view_as(self.weight)
 
 
@@ -756,10 +907,7 @@ class TableProjection(QuantizedLinear):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear
 
     def rounded(self) -> Tensor:
-        if self.fp_storage == "FP16":
-            return round_half(self.weight.detach())
-        codes, scale = round_fp8(self.weight.detach())
-        return codes.float().mul_(scale)
+        return round_table(self.weight.detach(), self.fp_storage)
 
 
 class Table(TableProjection):
@@ -781,8 +929,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.heads, self.head_dim = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), cfg.head_dim
-        self.qkv = TernaryLinear(cfg.model_dim, sum(self.heads) * cfg.head_dim, cfg.bitnet_group_size)
-        self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg.bitnet_group_size, init_std=0)
+        self.qkv = TernaryLinear(cfg.model_dim, sum(self.heads) * cfg.head_dim, cfg)
+        self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.rotary = Rotary(cfg)
         self.flash = flash_attention_3(cfg)
@@ -802,8 +950,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.up = TernaryLinear(cfg.model_dim, cfg.mlp_hidden, cfg.bitnet_group_size)
-        self.down = TernaryLinear(cfg.mlp_hidden, cfg.model_dim, cfg.bitnet_group_size, init_std=0)
+        self.up = TernaryLinear(cfg.model_dim, cfg.mlp_hidden, cfg)
+        self.down = TernaryLinear(cfg.mlp_hidden, cfg.model_dim, cfg, init_std=0)
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -893,7 +1041,7 @@ def zero_fraction(model: nn.Module) -> float:
     zeros = total = 0
     for _, module, p, role in parameter_owners(model):
         if role.storage == "ternary":
-            zeros += int((ternarize(p.detach(), module.group_size)[0] == 0).sum())
+            zeros += int((module.ternarized()[0] == 0).sum())
             total += p.numel()
     return zeros / total
 
@@ -1236,91 +1384,242 @@ def check_replicas(model: nn.Module, world: World) -> None:
 #   2          version, uint16 little-endian like every number here
 #   2          length of the header text
 #   32         SHA-256 of everything after this field
-#   ...        header text: one NAME=value line for each model setting, then codec=base3 or codec=bitmask
-#   4 x 8      for each stream: raw length, compressed length (uint32)
-#   ...        stream trits: the codes of all ternary matrices, packed by the codec
-#   ...        stream scales: float16, one for each group of BITNET_GROUP_SIZE codes
-#   ...        stream tables: FP8: for each table one int8, the scale's exponent of 2, then its e4m3 bytes; FP16: float16
-#   ...        stream controls: float16, then the temperature as float32
+#   ...        header text: one NAME=value line for each model setting, then codec=... and temperature=...
+#   4 x 4      length of each stream (uint32)
+#   ...        stream trits: code + 1 of every ternary weight; codec ans puts the class of every column before them
+#   ...        stream scales: for each ternary matrix its scales: e4m3 a byte each; fp16, bf16: all high bytes, then all low ones
+#   ...        stream tables: FP8: exponent of 2 + 128, then e4m3 codes; INTb: a step a row, then codes + 128; FP16: as scales
+#   ...        stream controls: float16, for each parameter all high bytes, then all low ones
 #
-# Every stream is raw LZMA2. Nothing may follow the last one.
+# codec=ans: every stream is entropy-coded by `ans_encode`, the same bytes on every machine. codec=base3 and codec=bitmask, the
+# published methods: trits packed, then each stream raw LZMA2. Nothing may follow the last stream.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TGPT", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"TGPT", 2
 ARTIFACT_PREFIX = struct.Struct("<4sHH32s")
-STREAM_LENGTHS = struct.Struct("<8I")
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 0, "lp": 0, "pb": 0}]
-LZMA_LARGEST_RATIO = 8_000  # LZMA cannot expand further: a header that claims more is lying
+STREAMS = ("trits", "scales", "tables", "controls")
+STREAM_LENGTHS = struct.Struct("<4I")
+# between classes of columns: shares of zeros in 2^-16, .2 apart in log odds
+COLUMN_BOUNDS = np.array([round(2**16 / (1 + math.exp(-0.2 * (k + 0.5)))) for k in range(-32, 31)])
+LARGEST_EXPANSION = 20_000  # bytes of float32 weights for a byte of artifact: 18 if trained, some 10,000 if all zeros
 
 
 class ArtifactError(UserError):
     """The bytes are not a whole, valid artifact."""
 
 
-def compress(raw: bytes) -> bytes:
-    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+class Piece(NamedTuple):
+    """A run of symbols of one stream that share a probability table."""
+
+    stream: str
+    context: Any  # parameters of one shape share their tables
+    length: int
 
 
-def decompress(data: bytes, raw_length: int) -> bytes:
-    """Exactly `raw_length` bytes, or ArtifactError; never more memory than that."""
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    try:
-        raw = decoder.decompress(data, max_length=raw_length + 1)
-    except lzma.LZMAError as error:
-        raise ArtifactError(f"a stream does not decompress: {error}") from None
-    if len(raw) != raw_length or not decoder.eof or decoder.unused_data:
-        raise ArtifactError(f"a stream does not hold the {raw_length} bytes its length promises")
-    return raw
+def split_bytes(x: np.ndarray) -> list[np.ndarray]:
+    """16-bit values -> their high bytes, their low bytes: the former have few values, the latter hardly compress."""
+    return list(x.reshape(-1).astype("<u2").view(np.uint8).reshape(-1, 2).T[::-1])
 
 
-def table_bytes(w: Tensor, fp_storage: str) -> bytes:
-    if fp_storage == "FP16":
-        return w.half().numpy().tobytes()
-    codes, scale = round_fp8(w)
-    return struct.pack("b", round(math.log2(scale.item()))) + codes.view(torch.uint8).numpy().tobytes()
+def join_bytes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return np.stack((low, high), axis=1).reshape(-1).view("<u2")
 
 
-def save_artifact(model: GPT, cfg: Config) -> bytes:
-    """The trained model as bytes; the same weights give the same bytes (with the same liblzma). UserError if not finite."""
-    trits, scales, tables, controls = [], [], [], []
+def pieces(module: nn.Module, p: Tensor, role: Role) -> list[Piece]:
+    """What a parameter puts into the streams, ternary codes apart."""
+    shape = tuple(p.shape)
+    if role.storage == "ternary":
+        count, wide = p.numel() // module.group_size, module.form.storage != "e4m3"
+        return [Piece("scales", shape, count), *[Piece("scales", "low", count)] * wide]
+    if role.storage == "table" and module.fp_storage != "FP16":
+        return [Piece("tables", "scale", 1 if module.fp_storage == "FP8" else shape[0]), Piece("tables", shape, p.numel())]
+    stream = role.storage + "s"
+    return [Piece(stream, shape, p.numel()), Piece(stream, "low", p.numel())]
+
+
+def parameter_symbols(module: nn.Module, p: Tensor, role: Role) -> list[np.ndarray]:
+    """The symbols of `pieces`, uint8 each."""
+    w = p.detach().float()
+    if role.storage == "ternary":
+        bits = module.ternarized()[1].view(torch.int32).numpy().reshape(-1)
+        if module.form.storage == "e4m3":
+            return [((bits >> 20) - E4M3_FIRST).astype(np.uint8)]
+        half = bits.view(np.float32).astype(np.float16).view(np.uint16)
+        return split_bytes(bits >> 16 if module.form.storage == "bf16" else half)
+    storage = module.fp_storage if role.storage == "table" else "FP16"
+    if storage == "FP16":
+        return split_bytes(w.half().view(torch.int16).numpy().view(np.uint16))
+    if storage == "FP8":
+        codes, scale = round_fp8(w)
+        return [np.array([128 + round(math.log2(scale.item()))], np.uint8), codes.view(torch.uint8).numpy().reshape(-1)]
+    codes, step = round_int(w, int(storage[-1]))
+    bits = step.view(torch.int32).numpy().reshape(-1)
+    return [((bits >> 20) - E4M3_FIRST).astype(np.uint8), (codes.numpy().reshape(-1) + 128).astype(np.uint8)]
+
+
+def stored_scales(symbols: list[np.ndarray], storage: str) -> Tensor:
+    """Inverse of a matrix's scale symbols: (groups, 1) float32."""
+    if storage == "e4m3":
+        return torch.from_numpy((symbols[0].astype(np.int32) + E4M3_FIRST) << 20).view(torch.float32)[:, None]
+    bits = join_bytes(*symbols)
+    x = (bits.astype(np.uint32) << 16).view(np.float32) if storage == "bf16" else bits.view(np.float16).astype(np.float32)
+    return torch.from_numpy(x)[:, None]
+
+
+def stored_parameter(module: nn.Module, shape: torch.Size, role: Role, symbols: list[np.ndarray]) -> Tensor:
+    """Inverse of `parameter_symbols` for tables and controls: float32 of `shape`."""
+    storage = module.fp_storage if role.storage == "table" else "FP16"
+    if storage == "FP16":
+        return torch.from_numpy(join_bytes(*symbols).view(np.float16).astype(np.float32)).view(shape)
+    if storage == "FP8":
+        codes = torch.from_numpy(symbols[1].copy()).view(torch.float8_e4m3fn).float()
+        return codes.view(shape) * 2.0 ** (int(symbols[0][0]) - 128)
+    return (torch.from_numpy(symbols[1].astype(np.float32)) - 128).view(shape) * stored_scales(symbols, "e4m3")
+
+
+class Layout:
+    """What a model puts where: derived from its structure alone, so a model on the meta device will do."""
+
+    def __init__(self, model: GPT) -> None:
+        owners = [(module, p, role) for _, module, p, role in parameter_owners(model)]
+        self.matrices = [tuple(p.shape) for _, p, role in owners if role.storage == "ternary"]
+        self.pieces = [piece for owner in owners for piece in pieces(*owner)]
+        self.params = sum(p.numel() for _, p, _ in owners)
+        self.count = {s: sum(piece.length for piece in self.pieces if piece.stream == s) for s in STREAMS[1:]}
+        self.count["trits"] = sum(rows * columns for rows, columns in self.matrices)
+
+    def contexts(self, stream: str) -> np.ndarray:
+        """(count,) number of the probability table of each symbol of the stream."""
+        own = [piece for piece in self.pieces if piece.stream == stream]
+        number = {context: i for i, context in enumerate(dict.fromkeys(piece.context for piece in own))}
+        return np.repeat(np.array([number[piece.context] for piece in own], np.uint16), [piece.length for piece in own])
+
+
+def column_classes(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> np.ndarray:
+    """The class of every column of every matrix, uint8: how many of its codes are 0. Integers only.
+
+    Columns that see small activations keep small weights: their zeros are frequent. On trained weights this takes 2.0 % off
+    the trits' entropy, the classes paid for; rows add 0.1 %, neighbouring trits nothing (RESULTS.md R007).
+    """
+    classes, at = [], 0
+    for rows, columns in matrices:
+        zeros = (symbols[at : at + rows * columns].reshape(rows, columns) == 1).sum(0)
+        classes.append(np.searchsorted(COLUMN_BOUNDS, (zeros << 16) // rows, side="right").astype(np.uint8))
+        at += rows * columns
+    return np.concatenate(classes)
+
+
+def trit_contexts(classes: np.ndarray, matrices: list[tuple[int, int]]) -> np.ndarray:
+    """The class of each trit's column, in the order of the trits."""
+    ends = np.cumsum([columns for _, columns in matrices])[:-1]
+    return np.concatenate([np.tile(own, rows) for own, (rows, _) in zip(np.split(classes, ends), matrices, strict=True)])
+
+
+def encode_trits(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> bytes:
+    """Length of the classes' stream (uint32), the classes, the trits with a table for each class."""
+    classes = column_classes(symbols, matrices)
+    side = ans_encode(classes, np.zeros(classes.size, np.uint8))
+    return struct.pack("<I", len(side)) + side + ans_encode(symbols, trit_contexts(classes, matrices))
+
+
+class TritStreams(NamedTuple):
+    """The parts of what `encode_trits` wrote."""
+
+    classes: AnsStream
+    trits: AnsStream
+
+    @classmethod
+    def parse(cls, data: bytes, matrices: list[tuple[int, int]]) -> TritStreams:
+        length = int.from_bytes(data[:4], "little")
+        classes = AnsStream.parse(data[4 : 4 + length], sum(columns for _, columns in matrices))
+        return cls(classes, AnsStream.parse(data[4 + length :], sum(rows * columns for rows, columns in matrices)))
+
+    def decode(self, matrices: list[tuple[int, int]]) -> np.ndarray:
+        """(count,) uint8 in 0..2; ArtifactError for anything else."""
+        classes = self.classes.decode(np.zeros(self.classes.count, np.uint8))
+        symbols = self.trits.decode(trit_contexts(classes, matrices))
+        if symbols.max(initial=0) > 2:
+            raise ArtifactError("stream trits: a code above 2")
+        return symbols
+
+
+def pack_streams(symbols: list[np.ndarray], layout: Layout, codec: str) -> list[bytes]:
+    """The streams' bytes under a codec."""
+    if codec == "ans":
+        others = [ans_encode(s, layout.contexts(name)) for name, s in zip(STREAMS[1:], symbols[1:], strict=True)]
+        return [encode_trits(symbols[0], layout.matrices), *others]
+    return pack_published(symbols, codec)
+
+
+def unpack_streams(streams: list[bytes], layout: Layout, codec: str) -> list[np.ndarray]:
+    """Inverse of pack_streams; ArtifactError unless each stream holds exactly the layout's symbols."""
+    counts = [layout.count[name] for name in STREAMS]
+    if codec == "ans":
+        trits = TritStreams.parse(streams[0], layout.matrices)  # every stream is found sound before one is decoded
+        others = [AnsStream.parse(data, count) for data, count in zip(streams[1:], counts[1:], strict=True)]
+        symbols = [stream.decode(layout.contexts(name)) for stream, name in zip(others, STREAMS[1:], strict=True)]
+        return [trits.decode(layout.matrices), *symbols]
+    return unpack_published(streams, counts, codec)
+
+
+def model_symbols(model: GPT, cfg: Config) -> list[np.ndarray]:
+    """The four streams' symbols, uint8; UserError if a weight is not finite."""
+    streams: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
     for name, module, p, role in parameter_owners(model):
-        w = p.detach().float().cpu()
+        w = p.detach().float()
         if not torch.isfinite(w if role == Role("matrix", "ternary") else w.half()).all():
             raise UserError(f"training diverged: {name} is not finite; try a lower MATRIX_LR={cfg.matrix_lr}")
         if role.storage == "ternary":
-            codes, scale = ternarize(w, module.group_size)
-            trits.append(codes.to(torch.int8).flatten().numpy())
-            scales.append(scale.half().numpy().tobytes())
-        elif role.storage == "table":
-            tables.append(table_bytes(w, cfg.fp_storage))
-        else:
-            controls.append(w.half().numpy().tobytes())
-    controls.append(struct.pack("<f", model.temperature.item()))
-    codes = np.concatenate(trits)
+            streams["trits"].append(module.ternarized()[0].to(torch.uint8).add_(1).flatten().numpy())
+        for piece, symbols in zip(pieces(module, p, role), parameter_symbols(module, p, role), strict=True):
+            streams[piece.stream].append(symbols)
+    return [np.concatenate(streams[name]) for name in STREAMS]
+
+
+def save_artifact(model: GPT, cfg: Config) -> bytes:
+    """The trained model as bytes; the same weights give the same bytes (codecs base3 and bitmask: with the same liblzma).
+
+    `auto` keeps the codec with the fewest bytes among those whose bytes decode to the same symbols. UserError if a weight is
+    not finite.
+    """
+    model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+    layout, symbols = Layout(model), model_symbols(model, cfg)
     names = list(CODECS) if cfg.artifact_codec == "auto" else [cfg.artifact_codec]
-    raw = [CODECS[name][0](codes) for name in names] + [b"".join(parts) for parts in (scales, tables, controls)]
-    with ThreadPoolExecutor() as pool:  # LZMA releases the interpreter
-        packed = list(pool.map(compress, raw))
-    best = min(range(len(names)), key=lambda i: len(packed[i]))
-    keep = [best, *range(len(names), len(raw))]
-    header = "\n".join([*(f"{k}={v}" for k, v in cfg.model_settings().items()), f"codec={names[best]}"]).encode()
-    lengths = STREAM_LENGTHS.pack(*(n for i in keep for n in (len(raw[i]), len(packed[i]))))
-    body = header + lengths + b"".join(packed[i] for i in keep)
+    with ThreadPoolExecutor() as pool:  # LZMA and numpy release the interpreter
+        packed = dict(zip(names, pool.map(lambda name: pack_streams(symbols, layout, name), names), strict=True))
+    for codec in sorted(names, key=lambda name: sum(map(len, packed[name]))):
+        back = unpack_streams(packed[codec], layout, codec)
+        if all(np.array_equal(a, b) for a, b in zip(symbols, back, strict=True)):
+            break
+    else:
+        raise AssertionError(f"no codec of {names} gives the symbols back")
+    settings = cfg.model_settings() | {"codec": codec, "temperature": repr(model.temperature.item())}
+    header = "\n".join(f"{k}={v}" for k, v in settings.items()).encode()
+    body = header + STREAM_LENGTHS.pack(*map(len, packed[codec])) + b"".join(packed[codec])
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest()) + body
 
 
-def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
-    """(config, codec, (raw length, compressed bytes) of the four streams); ArtifactError unless every byte is accounted for."""
+class Container(NamedTuple):
+    """An artifact's parts, its streams still coded."""
+
+    cfg: Config
+    codec: str
+    temperature: float
+    streams: list[bytes]
+
+
+def read_container(blob: bytes) -> Container:
+    """ArtifactError unless every byte is accounted for."""
     if len(blob) < ARTIFACT_PREFIX.size or blob[:4] != ARTIFACT_MAGIC:
         raise ArtifactError("not an artifact of train_gpt.py (its first bytes are not TGPT)")
     _, version, header_length, digest = ARTIFACT_PREFIX.unpack_from(blob)
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"artifact version {version}; this train_gpt.py reads version {ARTIFACT_VERSION}")
-    body = blob[ARTIFACT_PREFIX.size :]
+    body = memoryview(blob)[ARTIFACT_PREFIX.size :]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("the artifact is damaged: its SHA-256 does not match (truncated, extended or changed)")
     try:
-        settings = dict(line.split("=", 1) for line in body[:header_length].decode().split("\n"))
-        codec = settings.pop("codec")
+        settings = dict(line.split("=", 1) for line in bytes(body[:header_length]).decode().split("\n"))
+        codec, temperature = settings.pop("codec"), float(settings.pop("temperature"))
         # how training cut its batches is not stored: any batch and stride that suit the stored window will do
         cfg = Config.from_env(settings | {"TRAIN_BATCH_TOKENS": settings["TRAIN_SEQ_LEN"], "SLIDING_EVAL_STRIDE": "1"})
         lengths = STREAM_LENGTHS.unpack_from(body, header_length)
@@ -1328,12 +1627,12 @@ def read_container(blob: bytes) -> tuple[Config, str, list[tuple[int, bytes]]]:
         raise ArtifactError(f"the artifact's header is not valid: {error}") from None
     if codec not in CODECS or settings.keys() != cfg.model_settings().keys():
         raise ArtifactError("the artifact's header is not valid: not the model settings and codec of this version")
-    raw_lengths, packed_lengths = lengths[::2], lengths[1::2]
-    ends = [header_length + STREAM_LENGTHS.size + n for n in itertools.accumulate((0, *packed_lengths))]
-    possible = all(raw <= LZMA_LARGEST_RATIO * packed for raw, packed in zip(raw_lengths, packed_lengths, strict=True))
-    if ends[-1] != len(body) or not possible:
+    if not 0.5 <= temperature <= 2:
+        raise ArtifactError(f"the artifact's temperature is {temperature}: expected 0.5 to 2")
+    ends = [header_length + STREAM_LENGTHS.size + n for n in itertools.accumulate((0, *lengths))]
+    if ends[-1] != len(body):
         raise ArtifactError("the artifact's stream lengths do not add up")
-    return cfg, codec, [(raw, body[a:b]) for raw, a, b in zip(raw_lengths, ends, ends[1:], strict=False)]
+    return Container(cfg, codec, temperature, [bytes(body[a:b]) for a, b in itertools.pairwise(ends)])
 
 
 def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
@@ -1341,61 +1640,128 @@ def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
 
     ArtifactError (a ValueError) for anything that is not a whole, valid artifact; no code in it can run.
     """
-    cfg, codec, streams = read_container(blob)
+    cfg, codec, temperature, streams = read_container(blob)
     cfg = dataclasses.replace(cfg, precision=precision)
     with torch.device("meta"):  # shapes only: what the header claims is checked before anything is allocated
-        owners = [(module, p.numel(), role) for _, module, p, role in parameter_owners(GPT(cfg))]
-    count = {kind: sum(n for _, n, role in owners if role.storage == kind) for kind in ("ternary", "table", "control")}
-    num_tables = sum(role.storage == "table" for _, _, role in owners)
-    table_length = 2 * count["table"] if cfg.fp_storage == "FP16" else count["table"] + num_tables
-    expected = [2 * count["ternary"] // cfg.bitnet_group_size, table_length, 2 * count["control"] + 4]
-    if [raw for raw, _ in streams[1:]] != expected or streams[0][0] > count["ternary"]:
-        raise ArtifactError("the artifact's stream lengths are not those of the model it describes")
-    trits, scales, tables, controls = (decompress(packed, raw) for raw, packed in streams)
-    try:
-        codes = torch.from_numpy(CODECS[codec][1](trits, count["ternary"]))
-    except ValueError as error:
-        raise ArtifactError(f"stream trits: {error}") from None
+        layout = Layout(GPT(cfg))
+    if 4 * layout.params > LARGEST_EXPANSION * len(blob):
+        raise ArtifactError(f"the artifact's header claims {layout.params} parameters, more than {len(blob)} bytes can hold")
+    symbols = unpack_streams(streams, layout, codec)
     model = GPT(cfg)
-    fill_model(model, cfg, codes, bytearray(scales), bytearray(tables), bytearray(controls))
+    fill_model(model, symbols)
+    model.temperature.fill_(temperature)
     return model, cfg
 
 
-def fill_model(model: GPT, cfg: Config, codes: Tensor, scales: bytearray, tables: bytearray, controls: bytearray) -> None:
-    """Every parameter from the streams, in order and to the last byte; values must be finite."""
-    scale = torch.frombuffer(scales, dtype=torch.float16).float()
-    control = torch.frombuffer(controls[:-4], dtype=torch.float16).float()
-    at = dict.fromkeys(("codes", "tables", "control"), 0)
+def fill_model(model: GPT, symbols: list[np.ndarray]) -> None:
+    """Every parameter from the streams, in order and to the last symbol; values must be finite."""
+    streams, at = dict(zip(STREAMS, symbols, strict=True)), dict.fromkeys(STREAMS, 0)
 
-    def take(kind: str, size: int) -> slice:
-        at[kind] += size
-        return slice(at[kind] - size, at[kind])
+    def take(stream: str, length: int) -> np.ndarray:
+        at[stream] += length
+        return streams[stream][at[stream] - length : at[stream]]
 
     for name, module, p, role in parameter_owners(model):
+        own = [take(piece.stream, piece.length) for piece in pieces(module, p, role)]
         if role.storage == "ternary":
-            part = take("codes", p.numel())
-            group_scales = scale[part.start // cfg.bitnet_group_size : part.stop // cfg.bitnet_group_size]
-            w = codes[part].view(-1, cfg.bitnet_group_size) * group_scales[:, None]
-        elif role.storage == "control":
-            w = control[take("control", p.numel())]
-        elif cfg.fp_storage == "FP16":
-            w = torch.frombuffer(tables[take("tables", 2 * p.numel())], dtype=torch.float16).float()
+            codes = torch.from_numpy(take("trits", p.numel()).copy()).to(torch.float32).sub_(1)
+            w = codes.view(-1, module.group_size).mul_(stored_scales(own, module.form.storage)).view(p.shape)
         else:
-            (exponent,) = struct.unpack("b", tables[take("tables", 1)])
-            w = torch.frombuffer(tables[take("tables", p.numel())], dtype=torch.float8_e4m3fn).float() * 2.0**exponent
+            w = stored_parameter(module, p.shape, role, own)
         if not torch.isfinite(w).all():
             raise ArtifactError(f"{name} is not finite in the artifact")
-        p.data = w.view_as(p)
+        p.data = w
         p.requires_grad_(False)
         if isinstance(module, QuantizedLinear):
             module.frozen = True
-    (temperature,) = struct.unpack("<f", controls[-4:])
-    if not 0.5 <= temperature <= 2:
-        raise ArtifactError(f"the artifact's temperature is {temperature}: expected 0.5 to 2")
-    model.temperature.fill_(temperature)
+    assert at == {name: len(stream) for name, stream in streams.items()}
 
 
-# ---- 9 Evaluation ---------------------------------------------------------------------------------------------------
+# ---- 9 Published codecs (option) ------------------------------------------------------------------------------------
+# Base-3 + LZMA and bitmask + LZMA, the methods of #640 and of others, over the same symbols and in the same container.
+
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def pack_base3(codes: np.ndarray) -> bytes:
+    """Five trits a byte: sum of (code + 1) * 3^j, j = 0..4; the last byte is filled up with digit 0. 1.6 bits a weight."""
+    digits = np.zeros(-(-codes.size // 5) * 5, dtype=np.uint8)
+    digits[: codes.size] = codes + 1
+    return (digits.reshape(-1, 5) @ np.array([1, 3, 9, 27, 81], dtype=np.uint8)).astype(np.uint8).tobytes()
+
+
+def unpack_base3(data: bytes, count: int) -> np.ndarray:
+    """Inverse of pack_base3: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
+    packed = np.frombuffer(data, dtype=np.uint8)
+    if packed.size != -(-count // 5) or (packed.size and packed.max() > 242):
+        raise ValueError("not a base-3 packing")
+    digits = np.empty((packed.size, 5), dtype=np.uint8)
+    for j in range(5):
+        packed, digits[:, j] = np.divmod(packed, np.uint8(3))
+    digits = digits.reshape(-1)
+    if digits[count:].any():
+        raise ValueError("not a base-3 packing: padding is not zero")
+    return digits[:count].astype(np.int8) - 1
+
+
+def pack_bitmask(codes: np.ndarray) -> bytes:
+    """One bit a weight (is it nonzero?), then one bit a nonzero weight (is it +1?). 2 - zero fraction bits a weight."""
+    return np.packbits(codes != 0).tobytes() + np.packbits(codes[codes != 0] > 0).tobytes()
+
+
+def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
+    """Inverse of pack_bitmask: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
+    packed, mask_bytes = np.frombuffer(data, dtype=np.uint8), -(-count // 8)
+    mask = np.unpackbits(packed[:mask_bytes])
+    nonzero = int(mask.sum())
+    signs = np.unpackbits(packed[mask_bytes:])
+    if packed.size != mask_bytes + -(-nonzero // 8) or mask[count:].any() or signs[nonzero:].any():
+        raise ValueError("not a bitmask packing")
+    codes = np.zeros(count, dtype=np.int8)
+    codes[mask[:count].astype(bool)] = 2 * signs[:nonzero].astype(np.int8) - 1
+    return codes
+
+
+PACKINGS = {"base3": (pack_base3, unpack_base3), "bitmask": (pack_bitmask, unpack_bitmask)}
+CODECS = ("ans", *PACKINGS)
+
+
+def compress(raw: bytes) -> bytes:
+    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def decompress(data: bytes, most: int) -> bytes:
+    """At most `most` bytes, or ArtifactError; never more memory than that."""
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    try:
+        raw = decoder.decompress(data, max_length=most + 1)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"a stream does not decompress: {error}") from None
+    if len(raw) > most or not decoder.eof or decoder.unused_data:
+        raise ArtifactError(f"a stream does not hold what its model has: at most {most} bytes")
+    return raw
+
+
+def pack_published(symbols: list[np.ndarray], codec: str) -> list[bytes]:
+    """The streams' bytes: packed trits and raw symbols, LZMA each."""
+    return [compress(r) for r in (PACKINGS[codec][0](symbols[0].view(np.int8) - 1), *(s.tobytes() for s in symbols[1:]))]
+
+
+def unpack_published(streams: list[bytes], counts: list[int], codec: str) -> list[np.ndarray]:
+    """Inverse of pack_published; ArtifactError unless each stream holds exactly its count of symbols."""
+    others = [np.frombuffer(decompress(data, count), np.uint8) for data, count in zip(streams[1:], counts[1:], strict=True)]
+    packed = decompress(streams[0], 2 * -(-counts[0] // 8) + 1)
+    try:
+        codes = PACKINGS[codec][1](packed, counts[0])
+    except ValueError as error:
+        raise ArtifactError(f"stream trits: {error}") from None
+    symbols = [(codes + 1).view(np.uint8), *others]
+    if [s.size for s in symbols] != counts:
+        raise ArtifactError("the artifact's streams are not those of the model it describes")
+    return symbols
+
+
+# ---- 10 Evaluation --------------------------------------------------------------------------------------------------
 # A model and the validation tokens in; nats per token and bits per byte out. One function for every stride.
 
 
@@ -1506,7 +1872,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
     return nats / targets, nats / math.log(2) / val.num_bytes
 
 
-# ---- 10 Report ------------------------------------------------------------------------------------------------------
+# ---- 11 Report ------------------------------------------------------------------------------------------------------
 # What the log says about the run besides its losses.
 
 
@@ -1545,15 +1911,15 @@ def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
     """Sizes against the budget: the artifact and the file that ran."""
     code = Path(__file__).read_bytes()
     params, ternary = count_parameters(model)
-    _, codec, streams = read_container(blob)
-    packed = [len(data) for _, data in streams]
+    container = read_container(blob)
+    packed = [len(data) for data in container.streams]
     total = len(blob) + len(code)
     log(f"artifact:{len(blob) / 1e6:.2f}MB ternary:{ternary}({packed[0] + packed[1]}B) "
-        f"fp:{params - ternary}({packed[2] + packed[3]}B) code:{len(code)} codec:{codec}")
+        f"fp:{params - ternary}({packed[2] + packed[3]}B) code:{len(code)} codec:{container.codec}")
     verdict = "FITS" if total <= BUDGET_BYTES else "OVER"
     log(f"budget:{total}/{BUDGET_BYTES} ({total / 1e6:.2f}/{BUDGET_BYTES / 1e6:.2f}MB) {verdict}")
     return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code),
-            "total_bytes": total, "codec": codec, "stream_bytes": packed, "stream_raw_bytes": [raw for raw, _ in streams],
+            "total_bytes": total, "codec": container.codec, "stream_bytes": dict(zip(STREAMS, packed, strict=True)),
             "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_sha256": hashlib.sha256(blob).hexdigest()}
 
 
@@ -1573,7 +1939,7 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
     return result | {"temperature": model.temperature.item(), "eval_time_s": clock.finish()}
 
 
-# ---- 11 Main --------------------------------------------------------------------------------------------------------
+# ---- 12 Main --------------------------------------------------------------------------------------------------------
 
 
 def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) -> tuple[bytes, dict[str, Any]]:
@@ -1612,7 +1978,7 @@ def read_artifact(cfg: Config) -> tuple[bytes, Config]:
     if not path.is_file():
         raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
     blob = path.read_bytes()
-    return blob, artifact_config(cfg, read_container(blob)[0])
+    return blob, artifact_config(cfg, read_container(blob).cfg)
 
 
 def main() -> None:

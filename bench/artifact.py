@@ -1,53 +1,205 @@
-"""Bytes of the artifact, stream by stream, for weights drawn at random: what a model of this shape takes in the worst case.
+"""Bytes of the artifact, stream by stream, method by method: what the published scripts write, ours, and the entropy bound.
 
-    python bench/artifact.py                  the default model
-    EMBED_DIM=254 python bench/artifact.py    settings as for train_gpt.py
+    python bench/artifact.py                          the default model, weights drawn at the zero fractions .310 .369 .442
+    python bench/artifact.py --zero 0.369             one of them
+    python bench/artifact.py --weights FILE           latent weights of a trained model (torch.save of its state dict)
+    EMBED_DIM=254 python bench/artifact.py            settings as for train_gpt.py
+    python bench/artifact.py --worst                  codes with 1.585 bits each, the most that trits can have
 
-Gaussian matrices have a zero fraction of .31, near the 1/3 at which trits compress least; trained ones have more zeros.
+.310 is a Gaussian's zero fraction, .369 and .442 are those of the published #640 and #920 (from their bitmask's bytes). Each method
+stores the same codes; the published ones keep float16 scales and unscaled FP8 tables. Times are for two cores.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import io
+import lzma
+import math
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import train_gpt as t
+import train_gpt as t  # noqa: E402
 
-STREAMS = ("trits", "scales", "tables", "controls")
+ZLIB_LEVEL = 6  # level 9 takes minutes on 65 MB of codes and gains under 0.1 %
+OTHERS = ("scales", "tables", "controls")
 
 
-def random_model(cfg: t.Config) -> t.GPT:
+def zero_share(power: float) -> float:
+    """P(|w| < 0.5 E|w|) for |w| = |Gaussian|^power."""
+    mean = 2 ** (power / 2) * math.gamma((power + 1) / 2) / math.sqrt(math.pi)
+    return math.erf((0.5 * mean) ** (1 / power) / math.sqrt(2))
+
+
+def power_for(zero_fraction: float) -> float:
+    """The power of a Gaussian's magnitude at which BitNet's rule leaves this share of zeros (bisection)."""
+    low, high = 0.05, 4.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if zero_share(middle) < zero_fraction else (low, middle)
+    return low
+
+
+def drawn_model(cfg: t.Config, zero_fraction: float) -> t.GPT:
+    """Independent weights: ternary matrices at a zero fraction, with row and column scales that vary as after training."""
     torch.manual_seed(cfg.seed)
-    model = t.GPT(cfg)
+    model, power = t.GPT(cfg), power_for(zero_fraction)
     with torch.no_grad():
         for _, _, p, role in t.parameter_owners(model):
             p.normal_(std=1.0 if role.storage == "control" else 0.02)
+            if role.storage == "ternary":
+                p.copy_(p.sign() * (p.abs() * 50).pow(power) * 0.02)
     return model
 
 
-def main() -> None:
-    cfg = t.Config.from_env()
-    model = random_model(cfg)
+def worst_model(cfg: t.Config) -> t.GPT:
+    """Codes -1, 0, 1 equally often and independent: log2(3) = 1.585 bits each; tables and controls uniform in their bits."""
+    model = drawn_model(cfg, 0.31)
+    with torch.no_grad():
+        for _, _, p, role in t.parameter_owners(model):
+            if role.storage == "ternary":
+                p.copy_(torch.randint(-1, 2, p.shape) * (1 + torch.rand(p.size(0), 1)))
+    return model
+
+
+def converted(model: t.GPT, **settings: object) -> t.GPT:
+    """The same latent weights under another storage."""
+    other = t.GPT(dataclasses.replace(model.cfg, **settings))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def entropy_bytes(symbols: np.ndarray, contexts: np.ndarray) -> float:
+    """Bytes of the symbols at their empirical frequencies in each context, without the cost of saying which those are."""
+    counts = np.bincount(contexts.astype(np.int64) * 256 + symbols, minlength=256 * (int(contexts.max()) + 1)).reshape(-1, 256)
+    totals = counts.sum(1, keepdims=True)
+    return float((counts * np.log2(np.where(counts > 0, totals / np.maximum(counts, 1), 1))).sum() / 8)
+
+
+def bound(symbols: list[np.ndarray], layout: t.Layout) -> dict[str, float]:
+    """Entropy of every stream: trits by matrix, the others by their shape's table."""
+    sizes = {name: entropy_bytes(s, layout.contexts(name)) for name, s in zip(OTHERS, symbols[1:], strict=True)}
+    ends = np.cumsum([0] + [r * c for r, c in layout.matrices])
+    trits = sum(entropy_bytes(symbols[0][a:b], np.zeros(b - a, np.uint8)) for a, b in zip(ends, ends[1:], strict=False))
+    return {"trits": trits} | sizes
+
+
+def pickled(codes: np.ndarray, scales: bytes, others: dict[str, bytes]) -> bytes:
+    """As #640 saves: each stream a bytes object inside torch.save, whose pickle writes bytes as UTF-8 text, then LZMA."""
+    best = None
+    for pack in (t.pack_base3, t.pack_bitmask):
+        buffer = io.BytesIO()
+        torch.save({"packed": pack(codes), "scales": torch.frombuffer(bytearray(scales), dtype=torch.float16), **others}, buffer)
+        data = lzma.compress(buffer.getvalue(), preset=9)
+        best = data if best is None or len(data) < len(best) else best
+    return best
+
+
+def pack_2bit(codes: np.ndarray) -> bytes:
+    """#126: four codes a byte."""
+    digits = np.zeros(-(-codes.size // 4) * 4, np.uint8)
+    digits[: codes.size] = codes + 1
+    return (digits.reshape(-1, 4) << np.array([0, 2, 4, 6], np.uint8)).sum(1, dtype=np.uint8).tobytes()
+
+
+def published(model: t.GPT) -> list[tuple[str, list[object], float]]:
+    """(method, bytes by stream, seconds) of the published ways; the model has float16 scales and FP8 tables."""
+    symbols = t.model_symbols(model, model.cfg)
+    codes, rest = symbols[0].view(np.int8) - 1, [s.tobytes() for s in symbols[1:]]
+    rows: list[tuple[str, list[object], float]] = []
+    for name, pack in (("int8 + zlib", lambda c: c.tobytes()), ("2-bit + zlib (#126)", pack_2bit)):
+        start = time.perf_counter()
+        sizes = [len(zlib.compress(data, ZLIB_LEVEL)) for data in (pack(codes), *rest)]
+        rows.append((name, [*sizes, sum(sizes)], time.perf_counter() - start))
+    start = time.perf_counter()
+    whole = len(pickled(codes, rest[0], {"tables": rest[1], "controls": rest[2]}))
+    rows.append(("pickle + LZMA (#640)", ["", "", "", "", whole], time.perf_counter() - start))
+    return rows
+
+
+def ours(model: t.GPT, codec: str, name: str) -> tuple[str, list[object], float, float]:
+    """(name, bytes by stream and in all, seconds to save, seconds to load) of an artifact, which is loaded and compared."""
+    cfg = dataclasses.replace(model.cfg, artifact_codec=codec)
     start = time.perf_counter()
     blob = t.save_artifact(model, cfg)
     saved = time.perf_counter()
-    t.load_artifact(blob)
-    loaded = time.perf_counter()
-    _, codec, streams = t.read_container(blob)
+    loaded, _ = t.load_artifact(blob)
+    seconds = time.perf_counter() - saved
+    for (_, ours, _, _), (_, theirs, _, _) in zip(t.parameter_owners(model), t.parameter_owners(loaded), strict=True):
+        if isinstance(ours, t.QuantizedLinear):
+            assert torch.equal(ours.stored_weight(), theirs.weight)
+    sizes = [len(data) for data in t.read_container(blob).streams]
+    return name, [*sizes, len(blob)], saved - start, seconds
+
+
+def code_sizes() -> dict[str, int]:
+    sizes = {"readable": Path(t.__file__).stat().st_size}
+    try:
+        from pack_code import pack
+    except ImportError:
+        return sizes
+    return sizes | {"packed": len(pack(Path(t.__file__).read_text(encoding="utf-8")))}
+
+
+def table(model: t.GPT, methods: set[str]) -> None:
+    """Print the rows of one model."""
+    layout, symbols = t.Layout(model), t.model_symbols(model, model.cfg)
     params, ternary = t.count_parameters(model)
-    print(f"{params} parameters, {ternary} ternary, zero fraction {t.zero_fraction(model):.3f}, codec {codec}")
-    print("| stream | raw bytes | bytes |\n|---|---|---|")
-    for name, (raw, data) in zip(STREAMS, streams, strict=True):
-        print(f"| {name} | {raw} | {len(data)} |")
-    code = Path(t.__file__).stat().st_size
-    total = len(blob) + code
-    print(f"artifact {len(blob)}, code {code}, total {total} of {t.BUDGET_BYTES}: {t.BUDGET_BYTES - total} to spare")
-    print(f"saved in {saved - start:.1f} s, loaded in {loaded - saved:.1f} s")
+    print(f"\n{params} parameters, {ternary} ternary, zero fraction {t.zero_fraction(model):.4f}\n")
+    print("| method | trits | scales | tables | controls | artifact | bits a trit | save s | load s |\n|---|---|---|---|---|---|---|---|---|")
+
+    def row(name: str, sizes: list[object], save: object = "", load: object = "") -> None:
+        bits = f"{8 * sizes[0] / ternary:.4f}" if sizes[0] else ""
+        cells = [f"{size:,.0f}" if size else "" for size in sizes]
+        times = [f"{x:.1f}" if x else "" for x in (save, load)]
+        print(f"| {name} | {' | '.join(cells)} | {bits} | {' | '.join(times)} |", flush=True)
+
+    own = model.cfg.scale_storage, model.cfg.fp_storage
+    if "published" in methods:
+        old = converted(model, scale_storage="fp16", fp_storage="FP8")
+        for name, sizes, seconds in published(old):
+            row(name, sizes, seconds)
+        for codec in ("base3", "bitmask"):
+            row(*ours(old, codec, f"{codec} + LZMA, fp16 scales"))
+        row(*ours(old, "ans", "ans, fp16 scales"))
+    row(*ours(model, "ans", f"ans, {own[0]} scales, {own[1]} tables"))
+    sizes = bound(symbols, layout)
+    row("entropy of the same", [*sizes.values(), sum(sizes.values())])
+    if "narrow" in methods:
+        for storage in ("INT6", "INT5", "INT4"):
+            row(*ours(converted(model, fp_storage=storage), "ans", f"ans, {own[0]} scales, {storage} tables"))
+        row(*ours(model, "auto", "auto"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--zero", type=float, nargs="+", default=[0.31, 0.369, 0.442], help="zero fractions (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, help="a state dict of latent weights (torch.save of a dict of tensors)")
+    parser.add_argument("--worst", action="store_true", help="codes with the most bits")
+    parser.add_argument("--only-ours", action="store_true", help="leave the published methods out")
+    args = parser.parse_args()
+    cfg = t.Config.from_env()
+    methods = {"narrow"} if args.only_ours else {"narrow", "published"}
+    print(f"code: {code_sizes()}; budget {t.BUDGET_BYTES}")
+    if args.weights:
+        model = t.GPT(cfg)
+        state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(state | {"temperature": torch.ones(())} if "temperature" not in state else state)
+        table(model, methods)
+    elif args.worst:
+        table(worst_model(cfg), {"narrow"})
+    else:
+        for zero_fraction in args.zero:
+            table(drawn_model(cfg, zero_fraction), methods)
 
 
 if __name__ == "__main__":

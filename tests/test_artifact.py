@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import lzma
 import pickle
-import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from conftest import tiny_config, tiny_model
 import train_gpt
 from train_gpt import (
     ARTIFACT_PREFIX,
+    CODECS,
     STREAM_LENGTHS,
+    STREAMS,
     ArtifactError,
+    Layout,
     QuantizedLinear,
+    ans_encode,
     load_artifact,
     parameter_owners,
     read_container,
@@ -44,7 +49,9 @@ def loss(model):
         return model(x, x.roll(-1, 1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"artifact_codec": "bitmask"}, {"artifact_codec": "base3"}, {"fp_storage": "FP16"}, {"embed_dim": 0},
+@pytest.mark.parametrize("settings", [{}, {"artifact_codec": "bitmask"}, {"artifact_codec": "base3"}, {"artifact_codec": "ans"},
+                                      *({"fp_storage": f} for f in ("FP16", "INT6", "INT5", "INT4")), *({"scale_storage": s, "artifact_codec": c} for s in ("fp16", "bf16") for c in CODECS),
+                                      *({"scale_stat": s} for s in ("rms", "lstsq")), *({"scale_group": g} for g in ("row", "tensor")), {"ternary_threshold": 0.7}, {"embed_dim": 0},
                                       {"num_layers": 1}, {"train_seq_len": 8, "train_batch_tokens": 64}, {"train_seq_len": 48, "train_batch_tokens": 96},
                                       {"precision": "bf16"}, {"softcap_type": "tanh", "rope_type": "rope", "activation": "relu"}])  # fmt: skip
 def test_save_and_load_give_the_same_losses_exactly(settings):
@@ -54,8 +61,9 @@ def test_save_and_load_give_the_same_losses_exactly(settings):
     assert cfg.model_settings() == trained.cfg.model_settings()
 
 
-def test_every_stored_value_comes_back_and_nothing_is_left_to_train(model, blob):
-    loaded, _ = load_artifact(blob)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_stored_value_comes_back_and_nothing_is_left_to_train(model, codec):
+    loaded, _ = load_artifact(save_artifact(model, tiny_config(artifact_codec=codec)))
     assert loaded.temperature.item() == 1.0625
     for (name, ours, p, role), (_, theirs, q, _) in zip(parameter_owners(model), parameter_owners(loaded), strict=True):
         expected = ours.rounded() if isinstance(ours, QuantizedLinear) else p.detach().half().float()
@@ -65,31 +73,49 @@ def test_every_stored_value_comes_back_and_nothing_is_left_to_train(model, blob)
         assert role.storage != "ternary" or set(torch.unique(q.view(-1, 32) / q.view(-1, 32).abs().amax(1, keepdim=True).clamp_min(1e-9)).tolist()) <= {-1, 0, 1}
 
 
-def test_saving_a_loaded_model_gives_the_codes_back(blob):
-    """Not part of the contract (the scale of codes x scale is another one), but the codes must survive."""
-    loaded, cfg = load_artifact(blob)
-    first, second = (np.frombuffer(train_gpt.decompress(s[0][1], s[0][0]), np.uint8) for s in (read_container(b)[2] for b in (blob, save_artifact(loaded, cfg))))
-    assert (first == second).all()
+def test_the_published_codecs_store_the_same_symbols(model):
+    loaded = [load_artifact(save_artifact(model, tiny_config(artifact_codec=codec)))[0] for codec in CODECS]
+    for other in loaded[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(loaded[0].parameters(), other.parameters(), strict=True))
 
 
-def test_same_weights_same_bytes_and_auto_keeps_the_smaller(model, blob):
+def test_same_weights_same_bytes_and_auto_keeps_the_smallest(model, blob):
     assert save_artifact(model, model.cfg) == blob
-    sizes = {codec: len(save_artifact(model, tiny_config(artifact_codec=codec))) for codec in ("base3", "bitmask")}
-    assert len(blob) == min(sizes.values())
+    sizes = {codec: len(save_artifact(model, tiny_config(artifact_codec=codec))) for codec in CODECS}
+    assert len(blob) == min(sizes.values()) and read_container(blob).codec == min(sizes, key=sizes.get)
+
+
+def test_auto_passes_over_a_codec_that_does_not_give_the_symbols_back(model, monkeypatch):
+    best = read_container(save_artifact(model, model.cfg)).codec
+    whole = train_gpt.unpack_streams
+    monkeypatch.setattr(train_gpt, "unpack_streams", lambda streams, layout, codec: [s ^ (codec == best) for s in whole(streams, layout, codec)])
+    other = save_artifact(model, model.cfg)
+    monkeypatch.undo()
+    assert read_container(other).codec != best and torch.equal(loss(load_artifact(other)[0]), loss(model))
+
+
+def test_our_codec_gives_known_bytes():
+    """No library's version and no machine's arithmetic in it: the bytes of a fixed model are a constant."""
+    model = train_gpt.GPT(tiny_config(artifact_codec="ans"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(((torch.arange(p.numel()) * 7919 % 1009 - 504).float() / 4096).view(p.shape))
+    digest = hashlib.sha256(save_artifact(model, model.cfg)).hexdigest()
+    assert digest == "7244ef20a1f4eb02a51ad4a0b18517ab3c5091b5091f9262d16e836a282b82b0"
 
 
 def test_every_byte_is_accounted_for(model, blob):
-    """Sizes worked out by hand from the parameter counts."""
-    cfg, codec, streams = read_container(blob)
+    """Symbols counted by hand from the parameter counts, bytes from the container's own table."""
+    container, layout = read_container(blob), Layout(model)
     ternary = 3 * (64 * 128 + 64 * 64 + 2 * 64 * 128)
     tables = 320 * 24 + 2 * 64 * 24
     controls = 3 * (4 + 4 * 64) + 64 + 320
-    assert [raw for raw, _ in streams][1:] == [2 * ternary // 32, tables + 3, 2 * controls + 4]
-    assert codec != "base3" or streams[0][0] == -(-ternary // 5)
+    assert layout.count == {"trits": ternary, "scales": ternary // 32, "tables": tables + 3, "controls": 2 * controls}
+    assert all(layout.contexts(name).size == layout.count[name] for name in STREAMS[1:])
     header = ARTIFACT_PREFIX.unpack_from(blob)[2]
-    assert len(blob) == ARTIFACT_PREFIX.size + header + STREAM_LENGTHS.size + sum(len(data) for _, data in streams)
+    assert len(blob) == ARTIFACT_PREFIX.size + header + STREAM_LENGTHS.size + sum(map(len, container.streams))
     assert train_gpt.count_parameters(model) == (ternary + tables + controls, ternary)
-    assert str(cfg.data_path) not in blob.decode("latin1") and cfg.run_id not in blob.decode("latin1")
+    assert str(container.cfg.data_path) not in blob.decode("latin1") and container.cfg.run_id not in blob.decode("latin1")
 
 
 def damaged(blob):
@@ -99,7 +125,7 @@ def damaged(blob):
     yield from (blob + tail for tail in (b"\0", b"TGPT", blob))
     for position in rng.integers(0, len(blob), 300):
         yield blob[:position] + bytes([blob[position] ^ 1 << int(rng.integers(8))]) + blob[position + 1 :]
-    yield from (b"\x80\x04K\x01.", b"PK\x03\x04" + b"\0" * 100, lzma.compress(b"x" * 1000), b"TGPT" + b"\0" * 500, b"TGPT\x02\0" + blob[6:])
+    yield from (b"\x80\x04K\x01.", b"PK\x03\x04" + b"\0" * 100, lzma.compress(b"x" * 1000), b"TGPT" + b"\0" * 500, b"TGPT\x01\0" + blob[6:])
     yield pickle.dumps({"weights": [1, 2, 3]})
 
 
@@ -118,21 +144,31 @@ def resealed(blob, header=None, lengths=None, streams=None):
     lengths = body[size : size + STREAM_LENGTHS.size] if lengths is None else lengths
     streams = body[size + STREAM_LENGTHS.size :] if streams is None else streams
     body = header + lengths + streams
-    return ARTIFACT_PREFIX.pack(b"TGPT", 1, len(header), hashlib.sha256(body).digest()) + body
+    return ARTIFACT_PREFIX.pack(b"TGPT", train_gpt.ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest()) + body
 
 
-def rebuilt(blob, index, raw):
-    """The artifact with one stream's content exchanged, lengths and checksum correct."""
-    _, _, streams = read_container(blob)
-    parts = [(n, data) for n, data in streams]
-    parts[index] = (len(raw), train_gpt.compress(raw))
-    lengths = STREAM_LENGTHS.pack(*(n for raw_length, data in parts for n in (raw_length, len(data))))
-    return resealed(blob, lengths=lengths, streams=b"".join(data for _, data in parts))
+def with_streams(blob, streams):
+    """The artifact with other streams, lengths and checksum correct."""
+    return resealed(blob, lengths=STREAM_LENGTHS.pack(*map(len, streams)), streams=b"".join(streams))
 
 
-def test_a_resealed_artifact_still_loads(blob):
-    assert resealed(blob) == blob
-    load_artifact(rebuilt(blob, 0, train_gpt.decompress(read_container(blob)[2][0][1], read_container(blob)[2][0][0])))
+def rebuilt(model, index, change):
+    """The ans artifact whose stream `index` holds what `change` makes of its symbols, all else correct."""
+    layout, symbols = Layout(model), train_gpt.model_symbols(model, model.cfg)
+    streams = train_gpt.pack_streams(symbols, layout, "ans")
+    changed = change(symbols[index].copy())
+    if index == 0:
+        matrices = layout.matrices[: 1 + np.searchsorted(np.cumsum([rows * columns for rows, columns in layout.matrices]), changed.size)]
+        streams[0] = train_gpt.encode_trits(changed, matrices)
+    else:
+        streams[index] = ans_encode(changed, np.resize(layout.contexts(STREAMS[index]), changed.size))
+    return with_streams(save_artifact(model, tiny_config(artifact_codec="ans")), streams)
+
+
+def test_a_resealed_artifact_still_loads(model, blob):
+    assert resealed(blob) == blob and with_streams(blob, read_container(blob).streams) == blob
+    for index in range(4):
+        load_artifact(rebuilt(model, index, lambda s: s))
 
 
 def test_lying_headers_are_refused_before_anything_is_allocated(blob):
@@ -140,33 +176,62 @@ def test_lying_headers_are_refused_before_anything_is_allocated(blob):
     for old, new in ((b"NUM_LAYERS=3", b"NUM_LAYERS=1000"), (b"MODEL_DIM=64", b"MODEL_DIM=64000000"), (b"MLP_MULT=2", b"MLP_MULT=100000000000000000000"),
                      (b"TRAIN_SEQ_LEN=32", b"TRAIN_SEQ_LEN=1000000000"), (b"NUM_LAYERS=3", b"NUM_LAYERS=4"),
                      (b"NUM_LAYERS=3", b"NUM_LAYERS=__import__('os')"), (b"VOCAB_SIZE=320\n", b""), (b"codec=", b"kodec="), (b"ACTIVATION=relu2", b"ACTIVATION=exec"),
-                     (b"VOCAB_SIZE=320", b"VOCAB_SIZE=320\nRUN_ID=x"), (b"NUM_LAYERS=3", b"\xff\xfe")):  # fmt: skip
+                     (b"VOCAB_SIZE=320", b"VOCAB_SIZE=320\nRUN_ID=x"), (b"NUM_LAYERS=3", b"\xff\xfe"), (b"temperature=1.0625", b"temperature=1e9"),
+                     (b"temperature=1.0625", b"temperature=nan"), (b"temperature=1.0625", b"temperature=x"), (b"temperature=", b"TEMPERATURE=")):  # fmt: skip
         assert old in header
         with pytest.raises(ArtifactError):
             load_artifact(resealed(blob, header=header.replace(old, new)))
 
 
-def test_a_decompression_bomb_is_refused(blob):
-    _, _, streams = read_container(blob)
+def test_a_decompression_bomb_is_refused(model):
     bomb = train_gpt.compress(bytes(1 << 28))  # 256 MB in 40 KB
-    for index in range(4):
-        parts = list(streams)
-        parts[index] = (parts[index][0], bomb)
-        lengths = STREAM_LENGTHS.pack(*(n for raw, data in parts for n in (raw, len(data))))
-        with pytest.raises(ArtifactError):
-            load_artifact(resealed(blob, lengths=lengths, streams=b"".join(data for _, data in parts)))
+    for codec in CODECS[1:]:
+        blob = save_artifact(model, tiny_config(artifact_codec=codec))
+        for index in range(4):
+            streams = read_container(blob).streams
+            streams[index] = bomb
+            with pytest.raises(ArtifactError):
+                load_artifact(with_streams(blob, streams))
 
 
-def test_hostile_values_are_refused(blob):
-    _, codec, streams = read_container(blob)
-    raw = [train_gpt.decompress(data, n) for n, data in streams]
-    bad_trits = b"\xff" * len(raw[0])
-    nan16, nan8 = struct.pack("<e", float("nan")), b"\x7f"
-    hostile = [(0, bad_trits), (0, raw[0] + b"\0"), (1, nan16 + raw[1][2:]), (1, raw[1][:-2]), (2, raw[2][:1] + nan8 + raw[2][2:]), (3, nan16 + raw[3][2:]),
-               (3, raw[3][:-4] + struct.pack("<f", 1e9)), (3, raw[3][:-4] + struct.pack("<f", float("nan")))]  # fmt: skip
-    for index, content in hostile:
+def test_a_small_file_that_claims_a_huge_model_allocates_nothing(blob):
+    """1 KB that claims 100 GB, streams of constant symbols as an honest model of zeros would have."""
+    header = blob[ARTIFACT_PREFIX.size :][: ARTIFACT_PREFIX.unpack_from(blob)[2]]
+    for old, new in ((b"NUM_LAYERS=3", b"NUM_LAYERS=100"), (b"MODEL_DIM=64", b"MODEL_DIM=8192"), (b"EMBED_DIM=24", b"EMBED_DIM=65536")):
+        header = header.replace(old, new)
+    claimed = Layout(train_gpt.GPT(tiny_config()))
+    streams = [ans_encode(np.zeros(n, np.uint8), np.zeros(n, np.uint8)) for n in claimed.count.values()]
+    lie = with_streams(resealed(blob, header=header.replace(b"codec=" + read_container(blob).codec.encode(), b"codec=ans")), streams)
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="more than"):
+        load_artifact(lie)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_swapped_streams_are_refused(model):
+    for codec in CODECS:
+        blob = save_artifact(model, tiny_config(artifact_codec=codec))
+        for a, b in itertools.combinations(range(4), 2):
+            streams = read_container(blob).streams
+            streams[a], streams[b] = streams[b], streams[a]
+            with pytest.raises(ArtifactError):
+                load_artifact(with_streams(blob, streams))
+
+
+def put(value, at):
+    def change(symbols):
+        symbols[at] = value
+        return symbols
+
+    return change
+
+
+def test_hostile_values_are_refused(model):
+    hostile = [(0, put(3, 7)), (0, lambda s: s[: -64 * 128]), (1, lambda s: s[:-2]), (1, lambda s: np.append(s, s[:1])), (2, put(0x7F, 1)), (2, put(0xFF, 5)), (3, put(0x7C, 0)), (3, put(0x7E, 0))]
+    for index, change in hostile:
         with pytest.raises(ArtifactError):
-            load_artifact(rebuilt(blob, index, content))
+            load_artifact(rebuilt(model, index, change))
 
 
 def test_weights_that_are_not_finite_are_not_exported():

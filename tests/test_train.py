@@ -19,7 +19,7 @@ RESULT_KEYS = """run_id seed steps tokens train_time_s ms_per_step device world_
 
 # The first 10 losses of TINY on the synthetic data, seed 7: a change of the mathematics shows here. Kernels differ between
 # machines and releases of torch, and codes flip at thresholds, hence the tolerance that grows along the run.
-GOLDEN_LOSSES = [5.767611, 5.688618, 5.401148, 4.991827, 4.544755, 4.156446, 3.955768, 3.722622, 3.682803, 3.501043]
+GOLDEN_LOSSES = [5.767611, 5.6885, 5.401149, 4.9907, 4.543501, 4.15718, 3.954099, 3.721681, 3.676082, 3.498616]
 
 
 def environment(data_dir, **settings):
@@ -100,7 +100,7 @@ def test_two_processes_are_one(one_process, data_dir, tmp_path):
     two = result_of(done.stdout)
     assert two["world_size"] == 2 and done.stdout.count("result {") == 1
     assert np.abs(np.subtract(one["first_losses"], two["first_losses"])).max() <= 1e-5
-    assert one["stream_raw_bytes"] == two["stream_raw_bytes"]
+    assert one["stream_bytes"] == two["stream_bytes"]
     assert one["artifact_sha256"] == two["artifact_sha256"]
     assert two["val_bpb"] == two["roundtrip_val_bpb"] == pytest.approx(one["val_bpb"], rel=1e-5)
     assert two["sliding_val_bpb"] == pytest.approx(one["sliding_val_bpb"], rel=1e-5)
