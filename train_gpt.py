@@ -27,6 +27,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -205,7 +206,7 @@ class Config(OptionalSettings):
             # cutoff .85 catches 97-99 % of one-slip typos without alarming on the names usual environments hold
             if close := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
                 raise UserError(f"{key}={env[key]!r} is not a setting; did you mean {close[0]}?")
-        kinds = get_type_hints(cls)
+        kinds = setting_kinds(cls)
         return cls(**{name: parse_setting(key, env[key], kinds[name]) for key, name in names.items() if key in env})
 
     def __post_init__(self) -> None:
@@ -214,6 +215,9 @@ class Config(OptionalSettings):
     def model_settings(self) -> dict[str, str]:
         """NAME -> text of every setting that defines the model: what the artifact holds."""
         return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self) if "model" in f.metadata}
+
+
+setting_kinds = functools.cache(get_type_hints)  # it evaluates the annotations; reading an artifact must evaluate nothing
 
 
 def parse_setting(key: str, text: str, kind: Any) -> Any:
@@ -243,7 +247,7 @@ POSITIVE = "logit_softcap rope_base adam_eps".split()
 NOT_NEGATIVE = """embed_dim warmup_steps max_wallclock_seconds val_loss_every val_max_tokens grad_clip_norm z_loss matrix_lr
     scalar_lr tied_embed_lr adam_lr adam_wd muon_wd muon_momentum_warmup_steps qk_gain_init tied_embed_init_std seed""".split()
 # shards hold 16-bit tokens; the others are far beyond use, and keep an artifact's header from claiming the machine's memory
-AT_MOST = {"vocab_size": 2**16, "num_layers": 1024, "model_dim": 2**16, "embed_dim": 2**16, "mlp_mult": 64,
+AT_MOST = {"vocab_size": 2**16, "num_layers": 256, "model_dim": 2**16, "embed_dim": 2**16, "mlp_mult": 64,
            "train_seq_len": 2**20, "seed": 2**63 - 1}
 BELOW_ONE = "muon_momentum muon_momentum_warmup_start beta1 beta2".split()
 
@@ -682,7 +686,7 @@ def as_stored(control: Tensor) -> Tensor:
 # state of at least 2^16 and exchanges 16-bit words with one common stream; numpy advances all lanes at once. Probabilities are
 # whole numbers of 2^-14. Integers only: the same bytes on every machine.
 
-ANS_BITS, ANS_LOWEST, ANS_SLAB = 14, 1 << 16, 1 << 20
+ANS_BITS, ANS_LOWEST, ANS_SLAB = 14, 1 << 16, 1 << 17
 ANS_TOTAL = 1 << ANS_BITS
 
 

@@ -6,12 +6,14 @@ import hashlib
 import itertools
 import lzma
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import ROOT, tiny_config, tiny_model
 
 import train_gpt
 from train_gpt import (
@@ -252,3 +254,11 @@ def test_write_whole_keeps_the_earlier_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         train_gpt.write_whole(path, b"second")
     assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == ["model.ptz"]
+
+
+def test_damaged_and_forged_artifacts_give_clean_errors():
+    """A sample of what bench/corrupt.py does 100,000 times: no other exception, no code run, memory bounded."""
+    done = subprocess.run([sys.executable, str(ROOT / "bench/corrupt.py"), "--count", "100", "--forged", "8", "--workers", "1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 unexpected outcomes; kinds that took more than twice the model: none" in done.stdout
+    assert sum(int(row.split("|")[4]) for row in done.stdout.splitlines() if row.startswith("| damaged")) == 100

@@ -83,7 +83,7 @@ def test_usual_environments_are_left_alone():
     [
         ("NUM_LAYERS", "ten", "a whole number"),
         ("NUM_LAYERS", "0", "at least 1"),
-        ("NUM_LAYERS", "2000", "at most 1024"),
+        ("NUM_LAYERS", "2000", "at most 256"),
         ("MATRIX_LR", "fast", "a number"),
         ("MATRIX_LR", "nan", "a finite number"),
         ("MATRIX_LR", "-0.1", "0 or more"),
