@@ -2,7 +2,8 @@
 
     python bench/artifact.py                          the default model, weights drawn at the zero fractions .310 .369 .442
     python bench/artifact.py --zero 0.369             one of them
-    python bench/artifact.py --weights FILE           latent weights of a trained model (torch.save of its state dict)
+    python bench/artifact.py --weights FILE           latent weights of a trained model (torch.save of its state dict); with
+                                                      --zero also at those zero fractions, magnitudes raised to a power
     EMBED_DIM=254 python bench/artifact.py            settings as for train_gpt.py
     python bench/artifact.py --worst                  codes with 1.585 bits each, the most that trits can have
 
@@ -69,6 +70,21 @@ def worst_model(cfg: t.Config) -> t.GPT:
             if role.storage == "ternary":
                 p.copy_(torch.randint(-1, 2, p.shape) * (1 + torch.rand(p.size(0), 1)))
     return model
+
+
+def shifted(model: t.GPT, zero_fraction: float) -> t.GPT:
+    """The model with each ternary matrix's magnitudes raised to the power at which this share of its codes is 0 (bisection)."""
+    other = t.GPT(model.cfg)
+    other.load_state_dict(model.state_dict())
+    for _, module, p, role in t.parameter_owners(other):
+        if role.storage == "ternary":
+            w, low, high = p.detach().clone(), 0.25, 4.0
+            for _ in range(10):
+                power = (low * high) ** 0.5
+                p.data = w.sign() * (w.abs() / w.abs().mean()).pow(power) * 0.02
+                zeros = (module.ternarized()[0] == 0).float().mean().item()
+                low, high = (power, high) if zeros < zero_fraction else (low, power)
+    return other
 
 
 def converted(model: t.GPT, **settings: object) -> t.GPT:
@@ -184,7 +200,7 @@ def table(model: t.GPT, methods: set[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--zero", type=float, nargs="+", default=[0.31, 0.369, 0.442], help="zero fractions (default: %(default)s)")
+    parser.add_argument("--zero", type=float, nargs="+", help="zero fractions (default: 0.31 0.369 0.442; the weights' own)")
     parser.add_argument("--weights", type=Path, help="a state dict of latent weights (torch.save of a dict of tensors)")
     parser.add_argument("--worst", action="store_true", help="codes with the most bits")
     parser.add_argument("--only-ours", action="store_true", help="leave the published methods out")
@@ -196,11 +212,12 @@ def main() -> None:
         model = t.GPT(cfg)
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
         model.load_state_dict(state | {"temperature": torch.ones(())} if "temperature" not in state else state)
-        table(model, methods)
+        for zero_fraction in args.zero or [None]:
+            table(shifted(model, zero_fraction) if zero_fraction else model, methods)
     elif args.worst:
         table(worst_model(cfg), {"narrow"})
     else:
-        for zero_fraction in args.zero:
+        for zero_fraction in args.zero or (0.31, 0.369, 0.442):
             table(drawn_model(cfg, zero_fraction), methods)
 
 
