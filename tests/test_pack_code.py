@@ -21,6 +21,7 @@ HARD = '''\
 """Module docstring."""
 from __future__ import annotations  # a comment
 import inspect, sys
+y = '' '' f"" ""
 x = {"a": 1,  # inside brackets
      "b": "#no comment", 'c': """two
     lines # of text""",}

@@ -123,9 +123,10 @@ def join_tokens(texts):
     """One logical line, with blanks only where two tokens would run into each other."""
     line, before = "", " "
     for text in texts:
-        # a name before a quote would be read as the string's prefix; no keyword is one
-        apart = is_word(text[0]) or (text[0] in "'\"" and not keyword.iskeyword(before))
-        line += " " * (apart and is_word(before[-1])) + text
+        # a name before a quote would be read as the string's prefix (no keyword is one); '' '' is not ''''
+        quotes = text[0] in "'\""
+        apart = is_word(before[-1]) and (is_word(text[0]) or (quotes and not keyword.iskeyword(before)))
+        line += " " * (apart or (quotes and before[-1] in "'\"")) + text
         before = text
     return line
 
@@ -173,11 +174,20 @@ def pack(source):
     """The packed program of a Python source text, as bytes."""
     program = strip_source(source).encode()
     packed, filters = compress(program)
-    text = STUB.replace("FILTERS", repr(filters).replace(" ", "")).replace("DIGEST", hashlib.sha256(program).hexdigest())
-    text = text.replace("DATA", base64.b85encode(packed).decode())
+    text = with_stub(base64.b85encode(packed).decode(), hashlib.sha256(program).hexdigest(), repr(filters).replace(" ", ""))
     if unpack(text) != program.decode():
         raise ValueError("the packed program does not unpack to what was packed")
     return text.encode()
+
+
+def with_stub(data, digest, filters):
+    return STUB.replace("FILTERS", filters).replace("DIGEST", digest).replace("DATA", data)
+
+
+def has_our_stub(text):
+    """Whether a text is what this version packs, with nothing before, between or after."""
+    match = PACKED.search(text)
+    return match is not None and text == with_stub(*match.groups())
 
 
 def unpack(text):
