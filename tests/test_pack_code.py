@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,8 +61,8 @@ print(sys.modules[__name__].f is f, inspect.iscoroutinefunction(g), wide)
 
 def start(path, tmp, *arguments):
     """A packed program as a process of its own, with `tmp` as the temporary directory."""
-    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp)}
-    return subprocess.Popen([sys.executable, str(path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    environment, pipe = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp)}, subprocess.PIPE
+    return subprocess.Popen([sys.executable, str(path), *arguments], stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def outcome(process):
@@ -91,9 +92,10 @@ def test_stripping_keeps_the_program():
     """`strip_source` compares the syntax trees itself; here the results of running both, and that something went."""
     source = HARD.replace(" ; return", "\n        return") + SHOW
     stripped = pack_code.strip_source(source)
-    results = [subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60) for text in (source, stripped)]
+    commands = [[sys.executable, "-c", text] for text in (source, stripped)]
+    results = [subprocess.run(command, capture_output=True, text=True, timeout=60) for command in commands]
     assert results[0].returncode == 0 and results[0].stdout == results[1].stdout
-    assert "# " not in stripped.replace("#no comment", "").replace("# of text", "").replace("# joined", "") and "Docstring" not in stripped
+    assert not re.search("# (a comment|inside|field|only)|ocstring of|Only this", stripped)
     assert "\n\n" not in stripped and "two\n    lines # of text" in stripped
 
 
@@ -120,7 +122,9 @@ def test_packing_is_deterministic_and_unpacks_to_the_stripped_program(tmp_path, 
     assert pack_code.main([str(ROOT / "train_gpt.py"), "--out", str(out)]) == 0 and out.read_bytes() == packed
     assert f"{len(packed):,} bytes" in capsys.readouterr().out
     assert pack_code.main(["--unpack", str(out)]) == 0 and capsys.readouterr().out == pack_code.strip_source(SOURCE)
-    for arguments in ([str(out), "--out", str(tmp_path / "twice.py")], ["--unpack", str(ROOT / "train_gpt.py")], ["no.py", "--out", str(out)]):
+    twice = [str(out), "--out", str(tmp_path / "twice.py")]
+    readable, missing = [str(ROOT / "train_gpt.py"), "--unpack"], ["no.py", "--unpack"]
+    for arguments in (twice, readable, missing):
         assert pack_code.main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -199,7 +203,8 @@ from typing import get_type_hints
 cfg = train_gpt.Config.from_env({key: value for key, value in %r.items()})
 assert dataclasses.replace(cfg, seed=8).seed == 8 and get_type_hints(train_gpt.Config)["seed"] is int
 source = inspect.getsource(train_gpt.ternarize)
-assert source.startswith("def ternarize(") and Path(inspect.getsourcefile(train_gpt.ternarize)).parent.parent == Path(os.environ["TMPDIR"])
+assert source.startswith("def ternarize(")
+assert Path(inspect.getsourcefile(train_gpt.ternarize)).parent.parent == Path(os.environ["TMPDIR"])
 model = train_gpt.GPT(cfg)
 x = torch.randint(320, (2, 32))
 nats = torch.compile(model, backend="eager", fullgraph=True)(x, x)

@@ -13,6 +13,7 @@ and code reached by getattr. The network and test-time training are looked for i
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -150,7 +151,9 @@ def check_bytes(run, files):
     """Code and artifact, decimal: the files' true sizes where they are given, else the logged ones."""
     r, notes = run.result, []
     code = files.code.stat().st_size if files.code else r["code_bytes"]
-    artifact = next((path for path in files.artifacts if sha256_file(path) == r["artifact_sha256"]), None)
+    own = Path(run.config.get("artifact_path") or "nothing")  # still there if the check runs where the run ran
+    candidates = files.artifacts or ([own] if own.is_file() else [])
+    artifact = next((path for path in candidates if sha256_file(path) == r["artifact_sha256"]), None)
     artifact_bytes = artifact.stat().st_size if artifact else r["artifact_bytes"]
     total = code + artifact_bytes
     if files.artifacts and not artifact:
@@ -195,8 +198,8 @@ def is_fineweb(run):
 
 
 def check_fineweb(run):
-    said = f"result val_bytes {run.result.get('val_bytes')}; FineWeb's {FINEWEB_VAL_DOCUMENTS:,} documents have {FINEWEB_VAL_BYTES}"
-    return of_seed(run, "FineWeb", is_fineweb(run), said)
+    known = f"FineWeb's {FINEWEB_VAL_DOCUMENTS:,} documents have {FINEWEB_VAL_BYTES}"
+    return of_seed(run, "FineWeb", is_fineweb(run), f"result val_bytes {run.result.get('val_bytes')}; {known}")
 
 
 def check_hardware(run):
@@ -210,7 +213,7 @@ def check_hardware(run):
 PACKAGES = {"torch", "numpy", "sentencepiece", "triton", "flash_attn", "flash_attn_interface", "zstandard"}
 NETWORK_MODULES = set("""asyncio asyncore asynchat ftplib http imaplib nntplib poplib smtpd smtplib socket socketserver ssl
     telnetlib urllib webbrowser wsgiref xmlrpc""".split())
-IMPORT_MODULES = {"builtins", "code", "codeop", "imp", "importlib", "pkgutil", "runpy", "zipimport", "pickle", "marshal", "shelve"}
+IMPORT_MODULES = set("builtins code codeop imp importlib pkgutil runpy zipimport pickle marshal shelve".split())
 # what starts programs, fetches files, or runs text as code, in whatever module it is; a name ending in . stands for all below
 FORBIDDEN = tuple("""os.system os.popen os.exec os.spawn os.posix_spawn os.startfile pty. torch.hub. torch.utils.model_zoo.
     torch.distributed.rpc. torch.utils.cpp_extension. numpy.DataSource numpy.genfromtxt numpy.loadtxt""".split())
@@ -222,12 +225,13 @@ GRADIENTS = {"backward", "enable_grad", "set_grad_enabled", "requires_grad_", "r
 GRADIENT_CALLS = ("torch.autograd.grad.", "torch.autograd.backward.", "torch.func.", "torch.optim.")
 
 
-def program_of(run):
-    """Syntax tree of the program in the log; ValueError or SyntaxError if there is none.
+@functools.lru_cache(maxsize=4)
+def parse_program(code):
+    """Syntax tree of a file that ran; ValueError or SyntaxError if it is no program.
 
     A packed one is unpacked if nothing but pack_code.py's own stub stands around it.
     """
-    text = run.code.decode()
+    text = code.decode()
     return ast.parse(pack_code.unpack(text) if pack_code.has_our_stub(text) else text)
 
 
@@ -307,21 +311,32 @@ def forbidden_names(tree, names):
     return wrong
 
 
-def check_network(run):
-    """Imports, programs started and dynamic code; joining the run's own processes (torch.distributed) is no download."""
+def check_program(run, rule, inspect):
+    """A rule that `inspect` (code -> (breaches, what shows that there are none)) finds in the program of the log."""
     try:
-        tree = program_of(run)
+        wrong, shown = inspect(run.code)
     except (ValueError, SyntaxError) as error:
-        return of_seed(run, "no network", False, f"the log's source cannot be read: {error}")
+        wrong, shown = [f"the source in the log is no program: {error}"], ""
+    return of_seed(run, rule, not wrong, "; ".join(wrong) or f"program in the log: {shown}")
+
+
+def check_network(run):
+    return check_program(run, "no network", inspect_network)
+
+
+@functools.lru_cache(maxsize=4)
+def inspect_network(code):
+    """Imports, programs started and dynamic code; joining the run's own processes (torch.distributed) is no download."""
+    tree = parse_program(code)
     names, modules = aliases(tree), imported_modules(tree)
     wrong = sorted(modules - PACKAGES - (sys.stdlib_module_names - NETWORK_MODULES - IMPORT_MODULES))
     wrong = [f"imports {module}" for module in wrong]
     commands, bad_commands = started_programs(tree, names)
     wrong += bad_commands + forbidden_names(tree, names)
     foreign = sorted(modules - sys.stdlib_module_names)
-    shown = f"program in the log: imports {len(modules)} modules, {', '.join(foreign)} and the standard library's"
+    shown = f"imports {len(modules)} modules, {', '.join(foreign)} and the standard library's"
     shown += f"; starts {', '.join(commands) or 'no program'}"
-    return of_seed(run, "no network", not wrong, "; ".join(wrong) or shown)
+    return wrong, shown
 
 
 def functions_reached(tree):
@@ -377,21 +392,21 @@ def has_no_grad(function, names):
 
 def check_test_time_training(run):
     """Nothing that evaluation reaches follows gradients, and training lines do not come after the artifact."""
-    rule = "no test-time training"
-    try:
-        tree = program_of(run)
-    except (ValueError, SyntaxError) as error:
-        return of_seed(run, rule, False, f"the log's source cannot be read: {error}")
+    finding = check_program(run, "no test-time training", inspect_evaluation)
+    if any(line.startswith("step:") for line in run.lines[find_lines(run).get("artifact") or 0 :]):
+        return replace(finding, ok=False, evidence=f"seed {run.seed}: training lines after the artifact")
+    return finding
+
+
+@functools.lru_cache(maxsize=4)
+def inspect_evaluation(code):
+    tree = parse_program(code)
     names, reached = aliases(tree), functions_reached(tree)
     wrong = [f"no function {name}" for name in EVALUATION_ENTRIES if name not in reached]
     wrong += sorted({use for nodes in reached.values() for node in nodes for use in gradient_uses(node, names)})
     if not all(has_no_grad(node, names) for node in reached.get("evaluate", [])):
         wrong.append("evaluate is not under torch.no_grad")
-    artifact_at = find_lines(run).get("artifact")
-    if any(line.startswith("step:") for line in run.lines[artifact_at or 0 :]):
-        wrong.append("training lines after the artifact")
-    shown = f"program in the log: evaluate is under no_grad; of {len(reached)} names it can reach none follows gradients"
-    return of_seed(run, rule, not wrong, "; ".join(wrong) or shown)
+    return wrong, f"evaluate is under no_grad; of {len(reached)} names it can reach none follows gradients"
 
 
 # -------------------------------------------------------------------------------------------------- all seeds
@@ -483,7 +498,8 @@ def table(findings):
     width = max(len(f.rule) for f in findings)
     lines = [f"{word:4}  {f.rule:{width}}  {f.evidence}" for word, f in zip(words, findings, strict=True)]
     breaches = ", ".join(sorted({f.rule for f in findings if f.breach}))
-    return "\n".join([*lines, f"compliance: {words.count('PASS')} of {len(words)} PASS" + f"; BREACHES: {breaches}" * bool(breaches)])
+    count = f"compliance: {words.count('PASS')} of {len(words)} PASS"
+    return "\n".join([*lines, f"{count}; BREACHES: {breaches}" if breaches else count])
 
 
 def add_options(parser):
