@@ -128,7 +128,9 @@ ONE_SEED_BREACHES = {
     "no sliding score": ({"edit": without("final_sliding")}, {"log lines", "figures"}),
     "lines after the result": ({"edit": lambda text: text + "more\n"}, {"log lines"}),
     "training after the artifact": (
-        {"edit": replaced("final_sliding", "step:7/9 loss:1.0000 t:1ms avg:1.0ms\nfinal_sliding")}, {"log lines", "no test-time training"}),
+        {"edit": replaced("final_sliding", "step:7/9 loss:1.0000 t:1ms avg:1.0ms\nfinal_sliding")},
+        {"log lines", "no test-time training"},
+    ),
     "result of another run": ({"edit": replaced("val_loss:2.9830", "val_loss:2.9820")}, {"figures"}),
     "unfinished": ({"edit": lambda text: text.split("result {")[0]}, {"log lines", "three seeds"}),
 }

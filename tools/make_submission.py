@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 import compliance
+import pack_code
 from run_logs import BUDGET_BYTES, FREE_SETTINGS, SLIDING, check_same, read_run, scored_by
 from shard_io import UserError
 
@@ -163,6 +164,10 @@ def write_folder(folder, files):
             shutil.rmtree(stage, ignore_errors=True)
 
 
+PACKED_NOTE = """, packed. When it starts it writes its program to
+`train_gpt-<user id>/<SHA-256>.py` under the temporary directory, where it can be read"""
+
+
 def record_readme(runs, submission, tokenizer, non_record):
     """README.md of the folder: what it is, the seeds, how to run it."""
     score, total = submission["score"], max(run.result["total_bytes"] for run in runs)
@@ -184,8 +189,8 @@ Every figure is in the last line of the seed's log (`result {{...}}`). The logs 
 
 {what_it_is(runs[0])}
 
-`train_gpt.py` is one packed file. It writes its program to `train_gpt-<user id>/<SHA-256>.py` under the temporary directory when
-it starts; there it can be read. It trains, writes the artifact, builds the model anew from the artifact's bytes and scores that.
+`train_gpt.py` is one file{PACKED_NOTE if pack_code.has_our_stub(runs[0].code.decode()) else ""}.
+It trains, writes the artifact, builds the model anew from the artifact's bytes and scores that.
 
 ## How to run
 

@@ -42,10 +42,6 @@ class Run:
         """The file that ran, as the log's beginning has it; check it against code_sha256 before use."""
         return self.content[: self.result["code_bytes"]]
 
-    def last(self, start):
-        """The last line with this start, or ""."""
-        return next((line for line in reversed(self.lines) if line.startswith(start)), "")
-
     @property
     def hardware(self):
         """"8 x NVIDIA H100 80GB HBM3", or the processes of a run without a GPU."""
