@@ -318,7 +318,7 @@ def test_the_folder_holds_what_is_submitted(folder, code, capsys):
     assert set(submission["seed_results"]) == {str(seed) for seed in SEEDS} and submission["github_id"] == "author"
     readme = (made / "README.md").read_text()
     assert all(f"| {seed} | 1.15000 | " in readme for seed in SEEDS) and "# Ternary U-Net" in readme and "/tmp" not in readme
-    assert not (folder / "submission.json").exists()
+    assert "one file, packed" in readme and not (folder / "submission.json").exists()
 
 
 def test_the_readmes_command_sets_what_differs_from_the_programs_defaults(folder, code):
