@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import check_setup  # noqa: E402
 import demo_table  # noqa: E402
 import make_submission  # noqa: E402
+import pack_code  # noqa: E402
 
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
 PRESETS = sorted(ROOT.glob("configs/*.env"))
@@ -302,7 +303,8 @@ def tree(tmp_path):
 def stub_python(tree, trainer):
     """An interpreter that runs `trainer` (bash) in place of train_gpt.py, alone or under torchrun; else the real one."""
     path = tree / "python"
-    path.write_text(f'#!/usr/bin/env bash\nif [[ "${{*: -1}}" == train_gpt.py ]]; then\n{trainer}\nelse exec "{sys.executable}" "$@"; fi\n')
+    trains = '"${*: -1}" == train_gpt.py || "$1 $2" == "-m torch.distributed.run"'
+    path.write_text(f'#!/usr/bin/env bash\nif [[ {trains} ]]; then\n{trainer}\nelse exec "{sys.executable}" "$@"; fi\n')
     path.chmod(0o755)
     return str(path)
 
@@ -387,7 +389,9 @@ def test_record_run_does_three_seeds_and_writes_the_submission(tree):
     configs = [json.loads(path.read_text().splitlines()[0][7:]) for path in (tree / "logs").glob("try_seed*.txt")]
     assert len({config["artifact_path"] for config in configs}) == 3
     launches = (tree / "torchrun").read_text().splitlines()
-    assert launches == ["-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"] * 3
+    assert launches == ["-m torch.distributed.run --standalone --nproc_per_node=2 logs/try_train_gpt.py"] * 3
+    assert (tree / "logs/try_train_gpt.py").read_bytes() == pack_code.pack((ROOT / "train_gpt.py").read_text())
+    assert re.search(r"^FAIL +log lines", done.stdout, re.M) and "not a record yet" in done.stderr
     assert not (tree / "submission.json").exists()  # a rehearsal leaves the real one alone
 
 

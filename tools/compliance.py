@@ -1,0 +1,542 @@
+#!/usr/bin/env python3
+"""Check the logs of a record run against the rules of Parameter Golf, one rule a line, each with the line that shows it.
+
+    compliance.py logs/record_seed*.txt --code logs/record_train_gpt.py --artifact logs/record_seed42.ternary.ptz ...
+    compliance.py logs/*.txt --record-losses 2.9869 2.9871 2.9866     is the gain 0.005 nats at p < 0.01?
+
+Exit code 1 if a rule is broken or not shown to be kept, 2 for a mistake in the command. --non-record: hardware, FineWeb's
+validation text and the gain are shown, but do not count.
+
+What it cannot see: which machine wrote a log, what a run saw besides its files, whether training used the validation text,
+and code reached by getattr. The network and test-time training are looked for in the syntax tree of the program in the log.
+"""
+
+import argparse
+import ast
+import functools
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pack_code
+from run_logs import BUDGET_BYTES, check_same, read_run, scored_by
+from shard_io import UserError, read_shard, sha256_file, shard_paths
+
+MOST_TRAINING_MS = 600_000
+MOST_EVALUATION_S = 600
+LEAST_SEEDS = 3
+H100_SXM = "NVIDIA H100 80GB HBM3"  # the name its driver gives; the PCIe and NVL cards have others
+LEAST_GAIN_NATS, MOST_P = 0.005, 0.01
+# FineWeb's first 50,000 documents (parameter-golf #1804). A blank at a document's start may be counted or not: one byte each
+FINEWEB_VAL_BYTES, FINEWEB_VAL_DOCUMENTS = 151_080_891, 50_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a rule is kept, and what shows it. What is not `required` does not count."""
+
+    rule: str
+    ok: bool
+    evidence: str
+    required: bool = True
+
+    @property
+    def breach(self):
+        return self.required and not self.ok
+
+
+@dataclass(frozen=True)
+class Files:
+    """What the logs can be compared with; what is None or empty is not compared."""
+
+    code: Path | None = None  # train_gpt.py as shipped
+    artifacts: tuple = ()
+    data: Path | None = None  # the folder of the validation shards, instead of the logged data_path
+
+
+def of_seed(run, rule, ok, evidence):
+    return Finding(rule, bool(ok), f"seed {run.seed}: {evidence}")
+
+
+# -------------------------------------------------------------------------------------------------- the log of one seed
+
+
+def expected_lines(run):
+    """(name, pattern) of the lines that a whole run's log has, in their order."""
+    loss = r"val_loss:\d+\.\d+ val_bpb:\d+\.\d+"
+    lines = [
+        ("versions", r"python:\S+ torch:\S+ .*gpu:"),
+        ("config", r"config \{"),
+        ("params", r"params:\d+ L:\d+ d:\d+ h:\d+ kv:\d+ ws:\d+ ga:\d+ s:\d+"),
+        ("warmup", r"warmup:\d+/\d+$" if run.config.get("warmup_steps") else None),
+        ("step loss", r"step:\d+/\d+ loss:\d+\.\d+ t:\d+ms avg:[\d.]+ms"),
+        ("stopping_early", r"stopping_early: \w+ train_time:\d+ms step:\d+/\d+" if stopped_early(run) else None),
+        ("step val_loss", rf"step:\d+/\d+ {loss} train_time:\d+ms zero_frac:"),
+        ("artifact", r"artifact:[\d.]+MB .*code:\d+"),
+        ("budget", r"budget:\d+/\d+ .*(FITS|OVER)$"),
+        ("final_ternary_roundtrip", rf"final_ternary_roundtrip {loss} eval_time:\d+ms"),
+        ("final_sliding", rf"final_sliding {loss} .*eval_time:\d+ms" if run.config.get("sliding_eval", True) else None),
+        ("result", r"result \{"),
+    ]
+    return [(name, pattern) for name, pattern in lines if pattern]
+
+
+def stopped_early(run):
+    return run.result["steps"] < run.config.get("iterations", 0)
+
+
+def find_lines(run):
+    """{name: index of the last line of its kind, or None}"""
+    found = {}
+    for name, pattern in expected_lines(run):
+        hits = [i for i, line in enumerate(run.lines) if re.match(pattern, line)]
+        found[name] = hits[-1] if hits else None
+    return found
+
+
+def line_of(run, name):
+    at = find_lines(run).get(name)
+    return "" if at is None else run.lines[at]
+
+
+def check_lines(run):
+    """Every line is there, they are in their order, and nothing follows the result."""
+    found = find_lines(run)
+    missing = [name for name, at in found.items() if at is None]
+    order = [at for at in found.values() if at is not None]
+    if missing:
+        return of_seed(run, "log lines", False, f"{run.log.name} has no line {', '.join(missing)}")
+    if order != sorted(order) or order[-1] != len(run.lines) - 1:
+        return of_seed(run, "log lines", False, f"{run.log.name} has its lines in another order, or more after the result")
+    return of_seed(run, "log lines", True, f"{len(found)} kinds in order: {', '.join(found)}")
+
+
+def check_figures(run):
+    """The result line says what the lines before it said while the run went on."""
+    r = run.result
+    scores = [("step val_loss", ""), ("final_ternary_roundtrip", "roundtrip_"), ("final_sliding", "sliding_")]
+    expected = {name: f"val_loss:{r[f'{prefix}val_loss']:.4f} val_bpb:{r[f'{prefix}val_bpb']:.4f}"
+                for name, prefix in scores if r.get(f"{prefix}val_loss") is not None}  # fmt: skip
+    expected |= {"params": f"ws:{r['world_size']}", "budget": f"budget:{r['total_bytes']}/{BUDGET_BYTES}"}
+    expected["artifact"] = f"code:{r['code_bytes']}"
+    differ = [f"{name} lacks {text!r}" for name, text in expected.items() if f"{text} " not in f"{line_of(run, name)} "]
+    differ += ["params has another seed"] * (not line_of(run, "params").endswith(f" s:{run.seed}"))
+    return of_seed(run, "figures", not differ, "; ".join(differ) or f"the result line repeats {', '.join(expected)}")
+
+
+def check_training_time(run):
+    """The clock that stopped training, from the lines and from the result; the larger counts."""
+    shown = line_of(run, "stopping_early") or line_of(run, "step val_loss")
+    logged = [int(ms) for line in run.lines for ms in re.findall(r"(?:^step:.* t:|train_time:)(\d+)ms", line)]
+    most = max([1000 * run.result["train_time_s"], *logged])
+    ok = most <= MOST_TRAINING_MS and re.search(r"train_time:\d+ms", shown)
+    return of_seed(run, "training time", ok, f"{shown or 'no line'} (at most {MOST_TRAINING_MS:,} ms; {most:,.1f} ms)")
+
+
+def check_evaluation_time(run):
+    """All of the evaluation of the saved artifact: chunked and sliding."""
+    shown = line_of(run, "final_sliding") or line_of(run, "final_ternary_roundtrip")
+    names = ("final_ternary_roundtrip", "final_sliding")
+    logged = sum(int(ms) for name in names for ms in re.findall(r"eval_time:(\d+)ms", line_of(run, name)))
+    seconds = max(run.result["eval_time_s"], logged / 1000)
+    return of_seed(run, "evaluation time", shown and seconds <= MOST_EVALUATION_S,
+                   f"{shown or 'no line'} (at most {MOST_EVALUATION_S} s; in all {seconds:.1f} s)")  # fmt: skip
+
+
+def check_bytes(run, files):
+    """Code and artifact, decimal: the files' true sizes where they are given, else the logged ones."""
+    r, notes = run.result, []
+    code = files.code.stat().st_size if files.code else r["code_bytes"]
+    own = Path(run.config.get("artifact_path") or "nothing")  # still there if the check runs where the run ran
+    candidates = files.artifacts or ([own] if own.is_file() else [])
+    artifact = next((path for path in candidates if sha256_file(path) == r["artifact_sha256"]), None)
+    artifact_bytes = artifact.stat().st_size if artifact else r["artifact_bytes"]
+    total = code + artifact_bytes
+    if files.artifacts and not artifact:
+        notes.append("none of the given artifacts has the logged SHA-256")
+    if r["total_bytes"] != total or r["code_bytes"] + r["artifact_bytes"] != total:
+        notes.append(f"the log says {r['code_bytes']:,} + {r['artifact_bytes']:,} = {r['total_bytes']:,}")
+    sources = ["file" if given else "log" for given in (files.code, artifact)]
+    measured = f"code ({sources[0]}) {code:,} + artifact ({sources[1]}) {artifact_bytes:,} = {total:,} of {BUDGET_BYTES:,}"
+    shown = line_of(run, "budget")
+    ok = total <= BUDGET_BYTES and not notes and shown
+    return of_seed(run, "bytes", ok, "; ".join([f"{shown or 'no line'} ({measured})", *notes]))
+
+
+def check_code(run, files):
+    """The log begins with the file that ran, which is the file that ships."""
+    digest = run.result["code_sha256"]
+    what = f"the {run.result['code_bytes']:,} bytes of code_sha256 {digest[:16]}..."
+    if hashlib.sha256(run.code).hexdigest() != digest:
+        return of_seed(run, "code", False, f"{run.log.name} does not begin with {what}")
+    if files.code and files.code.read_bytes() != run.code:
+        return of_seed(run, "code", False, f"{files.code} is not the file that ran, {what}")
+    same = f", the same as {files.code}" if files.code else ""
+    return of_seed(run, "code", True, f"the log begins with {what}{same}")
+
+
+def check_validation(run, files):
+    """Every token of the validation split is scored; its size comes from the shards, or is FineWeb's known one."""
+    limit, tokens, bytes_ = run.config.get("val_max_tokens"), run.result.get("val_tokens"), run.result.get("val_bytes")
+    said = f"config val_max_tokens {limit}, result val_tokens {tokens} val_bytes {bytes_}"
+    folder = files.data or Path(run.config["data_path"])
+    if shards := shard_paths(folder, "val") if folder.is_dir() else []:
+        targets = sum(len(read_shard(path)) for path in shards) - 1
+        ok, size = tokens == targets, f"the shards in {folder} hold {targets} targets"
+    else:
+        ok, size = is_fineweb(run), f"no shards in {folder}; FineWeb's split has {FINEWEB_VAL_BYTES} bytes"
+    return of_seed(run, "full validation", limit == 0 and ok, f"{said}; {size}")
+
+
+def is_fineweb(run):
+    bytes_ = run.result.get("val_bytes")
+    return isinstance(bytes_, int) and abs(bytes_ - FINEWEB_VAL_BYTES) <= FINEWEB_VAL_DOCUMENTS
+
+
+def check_fineweb(run):
+    known = f"FineWeb's {FINEWEB_VAL_DOCUMENTS:,} documents have {FINEWEB_VAL_BYTES}"
+    return of_seed(run, "FineWeb", is_fineweb(run), f"result val_bytes {run.result.get('val_bytes')}; {known}")
+
+
+def check_hardware(run):
+    ok = (run.result["device"], run.result["gpu_name"], run.result["world_size"]) == ("cuda", H100_SXM, 8)
+    return of_seed(run, "8xH100", ok, f"{line_of(run, 'versions') or 'no line'}; {run.hardware}, expected 8 x {H100_SXM}")
+
+
+# -------------------------------------------------------------------------------------------------- the program
+
+# What a single-file trainer may import: these packages, and the standard library without its network and dynamic imports.
+PACKAGES = {"torch", "numpy", "sentencepiece", "triton", "flash_attn", "flash_attn_interface", "zstandard"}
+NETWORK_MODULES = set("""asyncio asyncore asynchat ftplib http imaplib nntplib poplib smtpd smtplib socket socketserver ssl
+    telnetlib urllib webbrowser wsgiref xmlrpc""".split())
+IMPORT_MODULES = set("builtins code codeop imp importlib pkgutil runpy zipimport pickle marshal shelve".split())
+# what starts programs, fetches files, or runs text as code, in whatever module it is; a name ending in . stands for all below
+FORBIDDEN = tuple("""os.system os.popen os.exec os.spawn os.posix_spawn os.startfile pty. torch.hub. torch.utils.model_zoo.
+    torch.distributed.rpc. torch.utils.cpp_extension. numpy.DataSource numpy.genfromtxt numpy.loadtxt""".split())
+FORBIDDEN_BUILTINS = {"exec", "eval", "compile", "__import__", "__builtins__"}
+COMMANDS = {"git": {"fetch", "pull", "push", "clone", "remote", "ls-remote", "submodule"}}  # a command: what it must not do
+EVALUATION_ENTRIES = ("evaluate", "score_artifact")
+MODULE_ENTRIES = ("forward", "__call__")  # methods that calling a module runs
+GRADIENTS = {"backward", "enable_grad", "set_grad_enabled", "requires_grad_", "requires_grad"}  # attributes of anything
+GRADIENT_CALLS = ("torch.autograd.grad.", "torch.autograd.backward.", "torch.func.", "torch.optim.")
+
+
+@functools.lru_cache(maxsize=4)
+def parse_program(code):
+    """Syntax tree of a file that ran; ValueError or SyntaxError if it is no program.
+
+    A packed one is unpacked if nothing but pack_code.py's own stub stands around it.
+    """
+    text = code.decode()
+    return ast.parse(pack_code.unpack(text) if pack_code.has_our_stub(text) else text)
+
+
+def aliases(tree):
+    """{name in the program: full dotted name} of everything imported."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                names[a.asname or a.name.split(".")[0]] = a.name if a.asname else a.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{'.' * node.level}{node.module or ''}.{a.name}" for a in node.names}
+    return names
+
+
+def dotted(node, names):
+    """Full name of an expression such as `F.pad` ("torch.nn.functional.pad"); "" if it does not start at a plain name."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value, names)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def imported_modules(tree):
+    """Top-level names of all imported modules; a relative import is "."."""
+    tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    return tops | {"." if n.level else n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+
+
+def command_of(call, scope):
+    """The words of a subprocess call's literal list; a starred name stands for the list it is given in `scope`."""
+    first = call.args[0] if call.args else None
+    words = []
+    for item in first.elts if isinstance(first, ast.List) else []:
+        if isinstance(item, ast.Starred) and isinstance(item.value, ast.Name):
+            given = [n.value for n in ast.walk(scope) if isinstance(n, ast.Assign) and item.value.id in
+                     [t.id for t in n.targets if isinstance(t, ast.Name)]]  # fmt: skip
+            words += given[0].elts if len(given) == 1 and isinstance(given[0], ast.List) else []
+        else:
+            words.append(item)
+    return [word.value if isinstance(word, ast.Constant) else "..." for word in words]
+
+
+def started_programs(tree, names):
+    """(commands that subprocess starts, what is wrong with them)"""
+    commands, wrong = set(), []
+    uses = [n for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name)) and dotted(n, names).startswith("subprocess.")]
+    checked = set()
+    for scope in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        for call in (n for n in ast.walk(scope) if isinstance(n, ast.Call) and dotted(n.func, names) == "subprocess.run"):
+            words = command_of(call, scope)
+            shell = any(k.arg == "shell" for k in call.keywords)
+            if shell or not words or set(words) & COMMANDS.get(words[0], set(words)):
+                wrong.append(f"line {call.lineno}: subprocess.run({' '.join(words) or '?'})")
+            commands.add(" ".join(words[:1]))
+            checked.add(id(call.func))
+    harmless = {"subprocess.CalledProcessError", "subprocess.TimeoutExpired", "subprocess.PIPE", "subprocess.DEVNULL"}
+    wrong += [f"line {n.lineno}: {dotted(n, names)}" for n in uses if id(n) not in checked and dotted(n, names) not in harmless]
+    return commands, wrong
+
+
+def forbidden_names(tree, names):
+    """What the program mentions that could fetch something, start something or run text as code."""
+    wrong = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            name = dotted(node, names)
+            if name in FORBIDDEN_BUILTINS or f"{name}.".startswith(FORBIDDEN):
+                wrong.append(f"line {node.lineno}: {name}")
+    libraries = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and dotted(n.func, names).startswith("ctypes.")]
+    for call in libraries:  # ctypes.CDLL(None) is the C library that Python itself has loaded
+        loads = dotted(call.func, names).rsplit(".")[-1] in ("CDLL", "PyDLL", "WinDLL", "OleDLL")
+        if loads and not (call.args and isinstance(call.args[0], ast.Constant) and call.args[0].value is None):
+            wrong.append(f"line {call.lineno}: a library loaded by ctypes")
+    return wrong
+
+
+def check_program(run, rule, inspect):
+    """A rule that `inspect` (code -> (breaches, what shows that there are none)) finds in the program of the log."""
+    try:
+        wrong, shown = inspect(run.code)
+    except (ValueError, SyntaxError) as error:
+        wrong, shown = [f"the source in the log is no program: {error}"], ""
+    return of_seed(run, rule, not wrong, "; ".join(wrong) or f"program in the log: {shown}")
+
+
+def check_network(run):
+    return check_program(run, "no network", inspect_network)
+
+
+@functools.lru_cache(maxsize=4)
+def inspect_network(code):
+    """Imports, programs started and dynamic code; joining the run's own processes (torch.distributed) is no download."""
+    tree = parse_program(code)
+    names, modules = aliases(tree), imported_modules(tree)
+    wrong = sorted(modules - PACKAGES - (sys.stdlib_module_names - NETWORK_MODULES - IMPORT_MODULES))
+    wrong = [f"imports {module}" for module in wrong]
+    commands, bad_commands = started_programs(tree, names)
+    wrong += bad_commands + forbidden_names(tree, names)
+    foreign = sorted(modules - sys.stdlib_module_names)
+    shown = f"imports {len(modules)} modules, {', '.join(foreign)} and the standard library's"
+    shown += f"; starts {', '.join(commands) or 'no program'}"
+    return wrong, shown
+
+
+def functions_reached(tree):
+    """{name: definitions} of all functions that evaluation can reach, by name alone: an attribute is every method of that name.
+
+    A class stands for all its methods. Type annotations do not count, nor do attributes of imported modules.
+    """
+    methods, others = {}, {}
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                place = methods if isinstance(node, ast.ClassDef) else others
+                place.setdefault(child.name, []).append(child)
+    imported, reached = aliases(tree), {}
+    todo = [(others, name) for name in EVALUATION_ENTRIES] + [(methods, name) for name in MODULE_ENTRIES]
+    while todo:
+        place, name = todo.pop()
+        new = [node for node in place.get(name, []) if node not in reached.get(name, [])]
+        reached.setdefault(name, []).extend(new)
+        for node in new:
+            plain, attributes = names_used(node, imported)
+            todo += [(others, used) for used in plain] + [(methods, used) for used in attributes]
+    return {name: nodes for name, nodes in reached.items() if nodes}
+
+
+def names_used(function, imported):
+    """(names, attributes) in a function's or class's code, without annotations and without imported modules' attributes."""
+    annotations = set()
+    for node in ast.walk(function):
+        for part in ("annotation", "returns"):
+            if getattr(node, part, None) is not None:
+                annotations |= {id(n) for n in ast.walk(getattr(node, part))}
+    code = [node for node in ast.walk(function) if id(node) not in annotations]
+    attributes = [node for node in code if isinstance(node, ast.Attribute) and dotted(node, {}).split(".")[0] not in imported]
+    return {node.id for node in code if isinstance(node, ast.Name)}, {node.attr for node in attributes}
+
+
+def gradient_uses(function, names):
+    """What in a function makes or follows gradients."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute):
+            name = dotted(node, names)
+            if node.attr in GRADIENTS or f"{name}.".startswith(GRADIENT_CALLS):
+                found.append(f"line {node.lineno}: {function.name} uses {name or node.attr}")
+    return found
+
+
+def has_no_grad(function, names):
+    return any(dotted(d.func if isinstance(d, ast.Call) else d, names) in ("torch.no_grad", "torch.inference_mode")
+               for d in function.decorator_list)  # fmt: skip
+
+
+def check_test_time_training(run):
+    """Nothing that evaluation reaches follows gradients, and training lines do not come after the artifact."""
+    finding = check_program(run, "no test-time training", inspect_evaluation)
+    if any(line.startswith("step:") for line in run.lines[find_lines(run).get("artifact") or 0 :]):
+        return replace(finding, ok=False, evidence=f"seed {run.seed}: training lines after the artifact")
+    return finding
+
+
+@functools.lru_cache(maxsize=4)
+def inspect_evaluation(code):
+    tree = parse_program(code)
+    names, reached = aliases(tree), functions_reached(tree)
+    wrong = [f"no function {name}" for name in EVALUATION_ENTRIES if name not in reached]
+    wrong += sorted({use for nodes in reached.values() for node in nodes for use in gradient_uses(node, names)})
+    if not all(has_no_grad(node, names) for node in reached.get("evaluate", [])):
+        wrong.append("evaluate is not under torch.no_grad")
+    return wrong, f"evaluate is under no_grad; of {len(reached)} names it can reach none follows gradients"
+
+
+# -------------------------------------------------------------------------------------------------- all seeds
+
+
+def check_seeds(runs):
+    """Three seeds of one config and one code, which really are different runs."""
+    try:
+        check_same(runs)
+    except UserError as error:
+        return Finding("three seeds", False, str(error))
+    seeds = sorted(run.seed for run in runs)
+    twins = len({run.result["artifact_sha256"] for run in runs}) < len(runs)
+    shown = f"seeds {', '.join(map(str, seeds))}; config and code_sha256 the same in {len(runs)} logs"
+    return Finding("three seeds", len(runs) >= LEAST_SEEDS and not twins, shown + "; but artifacts are the same" * twins)
+
+
+def check_gain(runs, record):
+    """Welch's test that our mean loss is below the record's by more than 0.005 nats, one-sided."""
+    if record is None:
+        return Finding("gain", False, "no record was given (--record, --record-losses)", required=False)
+    ours = [run.result[f"{scored_by(runs)}_val_loss"] for run in runs]
+    gain = math.fsum(record) / len(record) - math.fsum(ours) / len(ours)
+    p = welch_p(ours, [loss - LEAST_GAIN_NATS for loss in record])
+    shown = f"{scored_by(runs)}_val_loss {', '.join(f'{x:.4f}' for x in ours)} against {', '.join(f'{x:.4f}' for x in record)}"
+    test = f"gain {gain:.5f} nats a token (of the same tokenizer), p = {p:.2g} that it is no more than {LEAST_GAIN_NATS}"
+    return Finding("gain", gain >= LEAST_GAIN_NATS and p < MOST_P, f"{shown}: {test}")
+
+
+def welch_p(ours, theirs):
+    """p of Welch's one-sided test that the mean of `ours` is not below that of `theirs`; 1 where it cannot tell."""
+    try:
+        from scipy.stats import ttest_ind
+    except ImportError:
+        raise UserError("the test of the gain needs scipy: pip install -r requirements-test.txt") from None
+    if min(len(ours), len(theirs)) < 2 or len(set(ours)) == len(set(theirs)) == 1:
+        return 1.0  # no spread, no test
+    return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
+
+
+def read_record(path):
+    """Losses of a record from its submission.json: ours, or one whose seed_results have val_loss."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        key = f"{record['score']}_val_loss" if "score" in record else "val_loss"
+        losses = [float(row[key]) for row in record["seed_results"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--record {path}: no submission.json with a val_loss in each of its seed_results: {error!r}") from None
+    return losses
+
+
+NOT_FOR_NON_RECORD = ("8xH100", "FineWeb", "gain")
+
+
+def check_runs(runs, files, record=None, non_record=False):
+    """The Findings of all rules, rule by rule."""
+    findings = []
+    for check in (check_training_time, check_evaluation_time):
+        findings += [check(run) for run in runs]
+    findings += [check_bytes(run, files) for run in runs]
+    findings.append(check_seeds(runs))
+    findings += [check_validation(run, files) for run in runs]
+    for check in (check_fineweb, check_hardware):
+        findings += [check(run) for run in runs]
+    findings += [check_code(run, files) for run in runs]
+    for check in (check_network, check_test_time_training, check_lines, check_figures):
+        findings += [check(run) for run in runs]
+    findings.append(check_gain(runs, record))
+    return [replace(f, required=f.required and not (non_record and f.rule in NOT_FOR_NON_RECORD)) for f in findings]
+
+
+def check_logs(paths, files, record=None, non_record=False):
+    """`check_runs` on log files; one that is not the log of a whole run is a breach of "log lines"."""
+    runs, broken = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            broken.append(Finding("log lines", False, str(error)))
+    return broken + (check_runs(runs, files, record, non_record) if runs else [])
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def table(findings):
+    """One line a finding, and a last one that counts."""
+    words = [("PASS" if f.ok else "FAIL" if f.required else "no") for f in findings]
+    width = max(len(f.rule) for f in findings)
+    lines = [f"{word:4}  {f.rule:{width}}  {f.evidence}" for word, f in zip(words, findings, strict=True)]
+    breaches = ", ".join(sorted({f.rule for f in findings if f.breach}))
+    count = f"compliance: {words.count('PASS')} of {len(words)} PASS"
+    return "\n".join([*lines, f"{count}; BREACHES: {breaches}" if breaches else count])
+
+
+def add_options(parser):
+    """The options that make_submission.py shares."""
+    parser.add_argument("--code", type=Path, help="the train_gpt.py that ships; default: as the logs have it")
+    parser.add_argument("--artifact", type=Path, action="append", default=[], help="a seed's artifact, to count its true bytes")
+    parser.add_argument("--data", type=Path, help="folder of the validation shards; default: the logs' data_path")
+    parser.add_argument("--record", type=Path, help="submission.json of the record to beat")
+    parser.add_argument("--record-losses", type=float, nargs="+", help="its losses, one a seed, in nats a token")
+    parser.add_argument("--non-record", action="store_true", help="that track: hardware, FineWeb and gain do not count")
+
+
+def read_options(args):
+    """(Files, the record's losses or None) of parsed options; UserError for a file that is not there."""
+    for path in [args.code, *args.artifact]:
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: no such file")
+    if args.record and args.record_losses:
+        raise UserError("--record and --record-losses: expected one of them")
+    record = read_record(args.record) if args.record else args.record_losses
+    return Files(args.code, tuple(args.artifact), args.data), record
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="compliance.py", description=__doc__.split("\n")[0])
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="the log of one seed")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        files, record = read_options(args)
+        findings = check_logs(args.logs, files, record, args.non_record)
+    except UserError as error:
+        print(f"compliance.py: error: {error}", file=sys.stderr)
+        return 2
+    print(table(findings))
+    return int(any(f.breach for f in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

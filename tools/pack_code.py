@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Pack train_gpt.py into a file of a quarter of its size that does the same: the code counts towards the 16,000,000 bytes.
+
+    pack_code.py train_gpt.py --out packed.py     comments, docstrings and spare blanks out, raw LZMA, base 85, a stub in front
+    pack_code.py --unpack packed.py               print the program inside
+
+The packed file writes its program to a private folder under the temporary directory and runs it from memory under that name,
+since Triton and tracebacks read the source of functions from a file. `__file__` stays the packed file. The same source gives
+the same bytes for one version of liblzma. A program that reads `__doc__` keeps its docstrings.
+"""
+
+import argparse
+import ast
+import base64
+import hashlib
+import io
+import keyword
+import lzma
+import os
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+# One blank a level and no comments: these lines count too. The names in capitals are filled in.
+STUB = '''\
+"""train_gpt.py as it ran, packed by tools/pack_code.py; `pack_code.py --unpack FILE` prints the program."""
+def _program(data,digest,filters):
+ import base64,hashlib,lzma,os,stat,sys,tempfile
+ def stop(text):
+  print(__file__+": "+text,file=sys.stderr)
+  sys.exit(2)
+ try:source=lzma.decompress(base64.b85decode(data),lzma.FORMAT_RAW,None,filters)
+ except(ValueError,lzma.LZMAError):source=b""
+ if hashlib.sha256(source).hexdigest()!=digest:stop("damaged: the program inside does not have its SHA-256")
+ try:
+  folder=os.path.join(tempfile.gettempdir(),f"train_gpt-{os.getuid()}")
+  os.makedirs(folder,0o700,exist_ok=True)
+  info=os.lstat(folder)
+  mine=stat.S_ISDIR(info.st_mode)and info.st_uid==os.getuid()and not info.st_mode&0o77
+  if not mine:raise OSError(0,"not a private folder of this user",folder)
+  path=os.path.join(folder,digest+".py")
+  try:
+   with open(path,"rb")as f:whole=f.read()==source
+  except OSError:whole=False
+  if not whole:
+   handle,partial=tempfile.mkstemp(dir=folder)
+   with open(handle,"wb")as f:f.write(source)
+   os.replace(partial,path)
+ except OSError as error:stop(f"cannot unpack: {error}; set TMPDIR to a writable folder of your own")
+ return compile(source,path,"exec",dont_inherit=True)
+exec(_program("DATA","DIGEST",FILTERS))
+'''
+PACKED = re.compile(r'^exec\(_program\("([^"\\\n]*)","([0-9a-f]{64})",(\[\{[^\n]*\}\])\)\)$', re.MULTILINE)
+
+# -------------------------------------------------------------------------------------------------- stripping
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# Python 3.12 takes f-strings apart (3.14 t-strings, too); here they are copied whole
+STRING_STARTS = {getattr(tokenize, name) for name in ("FSTRING_START", "TSTRING_START") if hasattr(tokenize, name)}
+STRING_ENDS = {getattr(tokenize, name) for name in ("FSTRING_END", "TSTRING_END") if hasattr(tokenize, name)}
+
+
+def documented_nodes(tree):
+    """Modules, classes and functions that have a docstring, which is the first statement of their body."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None]
+
+
+def needs_pass(node):
+    return len(node.body) == 1 and not isinstance(node, ast.Module)
+
+
+def reads_docstrings(tree):
+    """Whether the program may look at a docstring: then they stay."""
+    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return bool((names | texts) & {"__doc__", "getdoc"})
+
+
+def docstring_spans(source, tree):
+    """{first position: (last position, whether `pass` must take its place)}; positions are (line, column) as in tokens."""
+    lines = [line.encode() for line in source.split("\n")]  # splitlines() would split at form feeds, too
+
+    def position(line, column):
+        return line, len(lines[line - 1][:column].decode())
+
+    spans = {}
+    for node in documented_nodes(tree):
+        text = node.body[0]
+        spans[position(text.lineno, text.col_offset)] = position(text.end_lineno, text.end_col_offset), needs_pass(node)
+    return spans
+
+
+def merged_tokens(source):
+    """(kind, text, position) of each token, f-strings as one."""
+    lines = io.StringIO(source).readlines()
+    depth, start = 0, None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in STRING_STARTS:
+            depth, start = depth + 1, start or token.start
+        elif token.type in STRING_ENDS:
+            depth -= 1
+            if not depth:
+                yield tokenize.STRING, source_between(lines, start, token.end), start
+                start = None
+        elif not depth:
+            yield token.type, token.string, token.start
+
+
+def source_between(lines, start, end):
+    (first, left), (last, right) = start, end
+    if first == last:
+        return lines[first - 1][left:right]
+    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])
+
+
+def is_word(character):
+    return character.isalnum() or character == "_"
+
+
+def join_tokens(texts):
+    """One logical line, with blanks only where two tokens would run into each other."""
+    line, before = "", " "
+    for text in texts:
+        # a name before a quote would be read as the string's prefix (no keyword is one); '' '' is not ''''
+        quotes = text[0] in "'\""
+        apart = is_word(before[-1]) and (is_word(text[0]) or (quotes and not keyword.iskeyword(before)))
+        line += " " * (apart or (quotes and before[-1] in "'\"")) + text
+        before = text
+    return line
+
+
+def strip_source(source):
+    """The program without comments, docstrings, blank lines and spare blanks; its syntax tree is checked to be the same."""
+    tree = ast.parse(source)
+    spans = {} if reads_docstrings(tree) else docstring_spans(source, tree)
+    lines, line, depth, skipped_to = [], [], 0, (0, 0)
+    for kind, text, position in merged_tokens(source):
+        depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
+        if position in spans:
+            skipped_to, needed = spans[position]
+            line += ["pass"] * needed
+        if kind == tokenize.NEWLINE:
+            lines += [" " * depth + join_tokens(line)] * bool(line)
+            line = []
+        elif kind not in LAYOUT and position >= skipped_to:
+            line.append(text)
+    stripped = "\n".join(lines) + "\n"
+    for node in documented_nodes(tree) if spans else []:
+        node.body[:1] = [ast.Pass()] * needs_pass(node)
+    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
+        raise ValueError("the stripped program differs from the source in more than comments and docstrings")
+    return stripped
+
+
+# -------------------------------------------------------------------------------------------------- packing
+
+
+def compress(data):
+    """(bytes, filters) of the smallest raw LZMA stream over a few settings; text has no alignment, hence pb = 0."""
+    best = None
+    for literal_bits in (2, 3, 4):
+        for nice_length in (64, 128, 273):
+            options = {"id": lzma.FILTER_LZMA1, "dict_size": 1 << 20, "lc": literal_bits, "lp": 0, "pb": 0}
+            effort = {"mode": lzma.MODE_NORMAL, "mf": lzma.MF_BT4, "nice_len": nice_length, "depth": 1000}
+            packed = lzma.compress(data, lzma.FORMAT_RAW, filters=[options | effort])
+            if best is None or len(packed) < len(best[0]):
+                best = packed, [options]
+    return best
+
+
+def pack(source):
+    """The packed program of a Python source text, as bytes."""
+    program = strip_source(source).encode()
+    packed, filters = compress(program)
+    text = with_stub(base64.b85encode(packed).decode(), hashlib.sha256(program).hexdigest(), repr(filters).replace(" ", ""))
+    if unpack(text) != program.decode():
+        raise ValueError("the packed program does not unpack to what was packed")
+    return text.encode()
+
+
+def with_stub(data, digest, filters):
+    return STUB.replace("FILTERS", filters).replace("DIGEST", digest).replace("DATA", data)
+
+
+def has_our_stub(text):
+    """Whether a text is what this version packs, with nothing before, between or after."""
+    match = PACKED.search(text)
+    return match is not None and text == with_stub(*match.groups())
+
+
+def unpack(text):
+    """The program inside a packed file's text, or None if it is not a packed file; ValueError if it is damaged."""
+    match = PACKED.search(text)
+    if match is None:
+        return None
+    data, digest, filters = match.groups()
+    try:
+        program = lzma.decompress(base64.b85decode(data), lzma.FORMAT_RAW, None, ast.literal_eval(filters))
+    except lzma.LZMAError as error:
+        raise ValueError(f"damaged: {error}") from None
+    if hashlib.sha256(program).hexdigest() != digest:
+        raise ValueError("damaged: the program inside does not have its SHA-256")
+    return program.decode()
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def write_whole(path, data):
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run(args):
+    text = args.file.read_text(encoding="utf-8")
+    program = unpack(text)
+    if args.unpack:
+        if program is None:
+            raise ValueError("not a packed file")
+        print(program, end="")
+        return
+    if program is not None:
+        raise ValueError("is packed already")
+    packed = pack(text)
+    write_whole(args.out, packed)
+    size = len(text.encode())
+    digest = hashlib.sha256(packed).hexdigest()
+    print(f"{args.out}: {len(packed):,} bytes, {100 * len(packed) / size:.1f} % of {size:,}, sha256 {digest}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="pack_code.py", description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="the source, or with --unpack the packed file")
+    parser.add_argument("--out", type=Path, help="the packed file")
+    parser.add_argument("--unpack", action="store_true", help="print the program inside a packed file")
+    args = parser.parse_args(argv)
+    if not args.unpack and args.out is None:
+        parser.error("--out FILE is missing")
+    try:
+        run(args)
+    except (OSError, ValueError, SyntaxError) as error:  # ValueError: among others, a file that is not UTF-8
+        print(f"pack_code.py: error: {args.file}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
