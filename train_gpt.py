@@ -1502,7 +1502,7 @@ def column_classes(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> np.n
     """The class of every column of every matrix, uint8: how many of its codes are 0. Integers only.
 
     Columns that see small activations keep small weights: their zeros are frequent. On trained weights this takes 2.0 % off
-    the trits' entropy, the classes paid for; rows add 0.1 %, neighbouring trits nothing (RESULTS.md R007).
+    the trits' entropy, the classes paid for; rows, scales and neighbouring trits add nothing (RESULTS.md R005).
     """
     classes, at = [], 0
     for rows, columns in matrices:

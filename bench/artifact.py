@@ -5,6 +5,7 @@
     python bench/artifact.py --weights FILE           latent weights of a trained model (torch.save of its state dict); with
                                                       --zero also at those zero fractions, magnitudes raised to a power
     EMBED_DIM=254 python bench/artifact.py            settings as for train_gpt.py
+    python bench/artifact.py --weights FILE --structure   bits a trit given its column, row, scale or neighbours
     python bench/artifact.py --worst                  codes with 1.585 bits each, the most that trits can have
 
 .310 is a Gaussian's zero fraction, .369 and .442 are those of the published #640 and #920 (from their bitmask's bytes). Each method
@@ -85,6 +86,43 @@ def shifted(model: t.GPT, zero_fraction: float) -> t.GPT:
                 zeros = (module.ternarized()[0] == 0).float().mean().item()
                 low, high = (power, high) if zeros < zero_fraction else (low, power)
     return other
+
+
+def line_classes(codes: np.ndarray, axis: int) -> tuple[np.ndarray, float]:
+    """Class of each line along `axis` by its share of zeros (.2 apart in log odds), and the bytes of saying which they are."""
+    zeros, size = (codes == 1).sum(axis), codes.shape[axis]
+    classes = np.clip(np.round(np.log((zeros + 0.5) / (size - zeros + 0.5)) / 0.2) + 64, 0, 127).astype(np.uint8)
+    return classes, entropy_bytes(classes, np.zeros(classes.size, np.uint8))
+
+
+def structure(model: t.GPT) -> None:
+    """Print what a trit's surroundings tell about it: empirical entropy given them, static tables, classes of lines paid for."""
+    totals: dict[str, float] = {}
+    pooled: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"column's share of zeros": [], "row's share of zeros": []}
+    count = 0
+    for _, module, p, role in t.parameter_owners(model):
+        if role.storage != "ternary":
+            continue
+        codes, scale = module.ternarized()
+        c, count = (codes.view(p.shape) + 1).to(torch.uint8).numpy(), count + p.numel()
+        groups = np.repeat(scale.view(-1).numpy(), module.group_size).reshape(c.shape)
+        shifted_by = lambda axis, c=c: np.roll(c, 1, axis)  # noqa: E731
+        contexts = {
+            "nothing (a table for each matrix)": np.zeros_like(c), "the trit to the left": shifted_by(1), "the trit above": shifted_by(0),
+            "its scale, 16 quantiles": np.searchsorted(np.quantile(groups, np.linspace(0, 1, 17)[1:-1]), groups).astype(np.uint8),
+        }  # fmt: skip
+        for name, context in contexts.items():
+            totals[name] = totals.get(name, 0) + entropy_bytes(c.reshape(-1), context.reshape(-1))
+        for name, axis in (("column's share of zeros", 0), ("row's share of zeros", 1)):
+            classes, side = line_classes(c, axis)
+            totals[name] = totals.get(name, 0) + side
+            pooled[name].append((c.reshape(-1), np.broadcast_to(np.expand_dims(classes, axis), c.shape).reshape(-1)))
+    for name, parts in pooled.items():
+        totals[name] += entropy_bytes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    base = totals["nothing (a table for each matrix)"]
+    print("\n| given | bits a trit | against nothing |\n|---|---|---|")
+    for name, size in totals.items():
+        print(f"| {name} | {8 * size / count:.5f} | {100 * (size / base - 1):+.3f} % |")
 
 
 def converted(model: t.GPT, **settings: object) -> t.GPT:
@@ -203,6 +241,7 @@ def main() -> None:
     parser.add_argument("--zero", type=float, nargs="+", help="zero fractions (default: 0.31 0.369 0.442; the weights' own)")
     parser.add_argument("--weights", type=Path, help="a state dict of latent weights (torch.save of a dict of tensors)")
     parser.add_argument("--worst", action="store_true", help="codes with the most bits")
+    parser.add_argument("--structure", action="store_true", help="what a trit's surroundings tell about it, instead")
     parser.add_argument("--only-ours", action="store_true", help="leave the published methods out")
     args = parser.parse_args()
     cfg = t.Config.from_env()
@@ -213,7 +252,8 @@ def main() -> None:
         state = torch.load(args.weights, map_location="cpu", weights_only=True)
         model.load_state_dict(state | {"temperature": torch.ones(())} if "temperature" not in state else state)
         for zero_fraction in args.zero or [None]:
-            table(shifted(model, zero_fraction) if zero_fraction else model, methods)
+            chosen = shifted(model, zero_fraction) if zero_fraction else model
+            structure(chosen) if args.structure else table(chosen, methods)
     elif args.worst:
         table(worst_model(cfg), {"narrow"})
     else:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -31,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
 SETTINGS = {
-    "VOCAB_SIZE": "1024", "NUM_LAYERS": "4", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "EMBED_DIM": "64", "YARN_MAX_LEN": "64",
+    "VOCAB_SIZE": "1024", "NUM_LAYERS": "2", "MODEL_DIM": "384", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "EMBED_DIM": "64", "YARN_MAX_LEN": "64",
     "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "32", "SLIDING_EVAL_STRIDE": "8", "BITNET_GROUP_SIZE": "32",
 }  # fmt: skip
 FORBIDDEN = ("exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
 # what lies about the model; each value differs from the true one and from what the streams hold
 LIES = [
-    "NUM_LAYERS=3", "NUM_LAYERS=5", "NUM_LAYERS=256", "NUM_LAYERS=1000", "NUM_LAYERS=99999999999", "MODEL_DIM=512", "MODEL_DIM=65536", "NUM_KV_HEADS=4", "NUM_HEADS=3",
-    "MLP_MULT=8", "MLP_MULT=64", "EMBED_DIM=0", "EMBED_DIM=65536", "VOCAB_SIZE=2048", "VOCAB_SIZE=65536", "VOCAB_SIZE=-1", "BITNET_GROUP_SIZE=64",
+    "NUM_LAYERS=3", "NUM_LAYERS=5", "NUM_LAYERS=256", "NUM_LAYERS=1000", "NUM_LAYERS=99999999999", "MODEL_DIM=768", "MODEL_DIM=65536", "NUM_KV_HEADS=4", "NUM_HEADS=3",
+    "MLP_MULT=64", "EMBED_DIM=0", "EMBED_DIM=65536", "VOCAB_SIZE=2048", "VOCAB_SIZE=65536", "VOCAB_SIZE=-1", "BITNET_GROUP_SIZE=64",
     "BITNET_GROUP_SIZE=0", "SCALE_GROUP=row", "SCALE_STORAGE=fp16", "FP_STORAGE=FP16", "FP_STORAGE=INT5", "TRAIN_SEQ_LEN=1000000000", "codec=zip",
     "temperature=nan", "temperature=1e30", "ACTIVATION=__import__('os').system('id')", "ROPE_BASE=inf", "LOGIT_SOFTCAP=-1",
 ]  # fmt: skip
@@ -54,6 +55,7 @@ def build(seed: int, codec: str, **settings: str) -> bytes:
     return t.save_artifact(model, model.cfg)
 
 
+@functools.cache
 def parts(blob: bytes) -> tuple[bytes, list[bytes]]:
     """Header text and streams."""
     length = t.ARTIFACT_PREFIX.unpack_from(blob)[2]
@@ -125,8 +127,8 @@ def damaged(blob: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, b
 def forged(blob: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     """(kind, artifact): bits of one stream changed under a new SHA-256."""
     (header, streams), i = parts(blob), int(rng.integers(4))
-    streams[i] = flip(streams[i], rng)
-    return f"bits flipped in {t.STREAMS[i]}, sealed", sealed(header, streams)
+    changed = [flip(s, rng) if k == i else s for k, s in enumerate(streams)]
+    return f"bits flipped in {t.STREAMS[i]}, sealed", sealed(header, changed)
 
 
 def resident(field: str) -> int:
@@ -162,7 +164,7 @@ def worker(job: tuple[int, int, int]) -> tuple[collections.Counter, dict[str, in
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     blobs = [build(seed, codec) for codec in t.CODECS]
-    other = [build(seed, codec, NUM_LAYERS="3", SCALE_STORAGE="fp16", VOCAB_SIZE="1000") for codec in t.CODECS]
+    other = [build(seed, codec, NUM_LAYERS="1", SCALE_STORAGE="fp16", VOCAB_SIZE="1000") for codec in t.CODECS]
     for blob in blobs + other:
         t.load_artifact(blob)  # imports and first allocations
     sys.addaudithook(lambda event, _: EVENTS.add(event) if event in FORBIDDEN else None)
