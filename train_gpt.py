@@ -771,9 +771,7 @@ class AnsStream(NamedTuple):
 
     def decode(self, contexts: np.ndarray) -> np.ndarray:
         """(count,) uint8; `contexts` as in ans_encode. ArtifactError unless words and states come out even."""
-        lanes, count, words = len(self.state), self.count, self.words.astype(np.uint32)
-        if int(contexts.max(initial=0)) >= len(self.frequencies) or not self.frequencies.any(1)[np.unique(contexts)].all():
-            raise ArtifactError("a stream lacks a table of frequencies")
+        lanes, count, words, known = len(self.state), self.count, self.words.astype(np.uint32), self.frequencies.any(1)
         slots = [np.repeat(np.arange(256, dtype=np.uint8), f) for f in self.frequencies]
         symbol_table = np.concatenate([s if s.size else np.zeros(ANS_TOTAL, np.uint8) for s in slots])
         starts = self.frequencies.cumsum(1) - self.frequencies
@@ -781,6 +779,8 @@ class AnsStream(NamedTuple):
         state, out, at, slab = self.state.copy(), np.empty(count, np.uint8), 0, max(lanes, ANS_SLAB)
         for a in range(0, count, slab):
             context = contexts[a : a + slab].astype(np.uint32)
+            if int(context.max()) >= len(known) or not known[context].all():
+                raise ArtifactError("a stream lacks a table of frequencies")
             by_slot, by_symbol = context << ANS_BITS, context << 8
             for i in range(0, len(context), lanes):
                 table = by_slot[i : i + lanes]
@@ -1668,13 +1668,12 @@ def fill_model(model: GPT, symbols: list[np.ndarray]) -> None:
     for name, module, p, role in parameter_owners(model):
         own = [take(piece.stream, piece.length) for piece in pieces(module, p, role)]
         if role.storage == "ternary":
-            codes = torch.from_numpy(take("trits", p.numel()).copy()).to(torch.float32).sub_(1)
-            w = codes.view(-1, module.group_size).mul_(stored_scales(own, module.form.storage)).view(p.shape)
+            w = p.data.view(-1, module.group_size)  # in place: a second copy of the model need not fit
+            w.copy_(torch.from_numpy(take("trits", p.numel())).view_as(w)).sub_(1).mul_(stored_scales(own, module.form.storage))
         else:
-            w = stored_parameter(module, p.shape, role, own)
-        if not torch.isfinite(w).all():
+            p.data.copy_(stored_parameter(module, p.shape, role, own))
+        if not torch.isfinite(p).all():
             raise ArtifactError(f"{name} is not finite in the artifact")
-        p.data = w
         p.requires_grad_(False)
         if isinstance(module, QuantizedLinear):
             module.frozen = True
