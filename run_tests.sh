@@ -10,4 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
 cd "$ROOT"
 bash setup.sh --quiet --no-data --tests
 "$VENV_PYTHON" -m ruff check .
-exec "$VENV_PYTHON" -m pytest "$@"
+exec "$VENV_PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" "$@"

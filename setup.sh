@@ -38,6 +38,9 @@ parse_options() {
     esac
     shift
   done
+  if [[ ${requirements[*]} == *test* && $(uname -s) == Linux ]] && ! has_nvidia_gpu; then
+    requirements+=(requirements-test-cpu.txt)
+  fi
   case $data in
     demo | none) ;;
     fineweb) requirements+=(requirements-data.txt) ;;

@@ -9,7 +9,7 @@ defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured 
 
 The file reads in the order the data flows:
     0 Settings of other systems    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer
-    7 Training    8 Artifact    9 Published codecs    10 Evaluation    11 Report    12 Main
+    7 Training    8 Kernels    9 Artifact    10 Published codecs    11 Evaluation    12 Report    13 Optional systems    14 Main
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G weights
 that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte (bpb) are
@@ -65,7 +65,7 @@ class UserError(ValueError):
     """Something a user can set or supply wrongly; the text names the setting, its value and what was expected."""
 
 
-# ---- 0 Settings of other systems (option) ---------------------------------------------------------------------------
+# ---- 0 Settings of other systems (option) ----------------------------------------------------------------------------
 
 
 def model_setting(default: Any) -> Any:
@@ -105,7 +105,7 @@ class OptionalSettings:
     corr_weight_lr: float = 0.02
 
 
-# ---- 1 Config -------------------------------------------------------------------------------------------------------
+# ---- 1 Config --------------------------------------------------------------------------------------------------------
 # Environment in, one frozen object out. A setting is the field's name in upper case, no exceptions.
 
 
@@ -284,7 +284,7 @@ def check_config(cfg: Config) -> None:
     need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least {window}")
 
 
-# ---- 2 Runtime ------------------------------------------------------------------------------------------------------
+# ---- 2 Runtime -------------------------------------------------------------------------------------------------------
 # The processes, the one clock that decides for all of them, and the log.
 
 
@@ -489,7 +489,7 @@ def check_writable(path: str) -> None:
         raise UserError(f"ARTIFACT_PATH={path!r}: expected a file that can be written ({error.strerror})") from None
 
 
-# ---- 3 Data ---------------------------------------------------------------------------------------------------------
+# ---- 3 Data ----------------------------------------------------------------------------------------------------------
 # Shards in, (B, T) batches out: each process a disjoint part of the same stream, the next batch ready before it is asked for.
 # Shard: 256 little-endian int32 (20240520, 1, token count, zeros), then the tokens as uint16.
 
@@ -577,7 +577,7 @@ class Batches:
         return tuple(t.pin_memory() for t in pair) if self._world.device.type == "cuda" else pair
 
 
-# ---- 4 Ternary format -----------------------------------------------------------------------------------------------
+# ---- 4 Ternary format ------------------------------------------------------------------------------------------------
 # What a stored weight is, and its bytes. Pure functions; training, export, diagnostics and tests call the same ones.
 
 
@@ -802,7 +802,7 @@ class AnsStream(NamedTuple):
         return out
 
 
-# ---- 5 Model --------------------------------------------------------------------------------------------------------
+# ---- 5 Model ---------------------------------------------------------------------------------------------------------
 # Tokens (B, T) in, nats per token (B, T) out. Every weight enters the forward pass at the precision it is stored in.
 
 
@@ -870,16 +870,21 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.register_buffer("operand", None, persistent=False)  # see `rounded_once`
+        self.prepare = nn.Identity()  # what happens to the input first
 
     def rounded(self) -> Tensor:
         """The weight as it would come back from the artifact: float32, detached."""
         raise NotImplementedError
 
-    def stored_weight(self) -> Tensor:
-        return self.weight if self.frozen else StraightThrough.apply(self.weight, self.rounded())
+    def stored(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the matrix product uses."""
+        if self.operand is not None:
+            return self.operand.to(dtype)
+        return (self.weight.detach() if self.frozen else self.rounded()).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.stored_weight().to(x.dtype))
+        return StoredMatmul.apply(self.prepare(x), self.weight, self.stored(x.dtype))
 
 
 class TernaryLinear(QuantizedLinear):
@@ -1008,7 +1013,7 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them."""
         dtype = compute_dtype(self.cfg.precision, idx.device)
-        x = x0 = rms_norm(self.embed_in(F.embedding(idx, self.table.stored_weight()).to(dtype)))
+        x = x0 = rms_norm(self.embed_in(StoredLookup.apply(idx, self.table.weight, self.table.stored(dtype))))
         skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
         encoder_layers = len(self.blocks) // 2  # an odd number makes the decoder the larger half
         for i, block in enumerate(self.blocks):
@@ -1040,6 +1045,30 @@ def parameter_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Para
             yield name, module, p, getattr(module, "role", Role("control", "control"))
 
 
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Every matrix as it will be stored, in the dtype of the matrix products: once an optimizer step, not once a use."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            stored = module.weight if module.frozen else module.rounded()
+            if module.operand is None:
+                module.operand = stored.to(compute_dtype(model.cfg.precision, stored.device))
+            else:
+                module.operand.copy_(stored)
+
+
+@contextlib.contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Within it the matrices' operands are kept; who changes a weight calls `round_weights`."""
+    kept = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.operand is None]
+    round_weights(model)
+    try:
+        yield
+    finally:
+        for module in kept:
+            module.operand = None
+
+
 def zero_fraction(model: nn.Module) -> float:
     """Share of zeros among the ternary codes."""
     zeros = total = 0
@@ -1050,7 +1079,7 @@ def zero_fraction(model: nn.Module) -> float:
     return zeros / total
 
 
-# ---- 6 Optimizer ----------------------------------------------------------------------------------------------------
+# ---- 6 Optimizer -----------------------------------------------------------------------------------------------------
 # Matrices under NeoMuon, the embedding table and the controls under Adam; learning rates from one pure schedule.
 
 
@@ -1149,7 +1178,7 @@ def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
             group["momentum"] = stage.momentum
 
 
-# ---- 7 Training -----------------------------------------------------------------------------------------------------
+# ---- 7 Training ------------------------------------------------------------------------------------------------------
 # Batches in, a trained model and the figures of the run out. One flat loop; one progress for clock and step limits.
 
 
@@ -1174,48 +1203,13 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
     return share // micro, micro
 
 
-class ChunkedPolyLoss(torch.autograd.Function):
-    """Output projection, poly softcap and loss on a CPU: a few rows of logits at a time, which stay in the cache, and their
-    gradient at once, so that the (B * T, V) logits never exist. `training_loss` has the same mathematics plainly."""
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float) -> tuple[Tensor, Tensor]:
-        """e (N, E), table (V, E), bias (V,), y (N,) -> what is minimized and cross entropy, summed."""
-        de, dtable, dbias = torch.empty_like(e), torch.zeros_like(table), torch.zeros_like(bias)
-        loss, total = e.new_zeros(()), e.new_zeros(())
-        rows = max(16, 2**19 // table.size(0))
-        for e_part, y_part, de_part in zip(e.split(rows), y.split(rows), de.split(rows), strict=True):
-            u = torch.addmm(bias, e_part, table.T).div_(cap).clamp_(-2, 2)
-            u2 = u.square()
-            value = (u2 / 15).sub_(1 / 3).mul_(u2).add_(1).mul_(u)
-            slope = (u2 / 3).sub_(1).mul_(u2).add_(1).mul_(value.abs() < 1)  # of the softcap: 0 where it clips
-            p = value.clamp_(-1, 1).mul_(cap)
-            target = p.gather(1, y_part[:, None]).squeeze(1)
-            total_exp = p.exp_().sum(1)  # |logits| <= cap: no maximum needs to be taken out
-            lse = total_exp.log()
-            nats = (lse - target).sum()
-            loss += nats + z_loss * lse.square().sum()
-            total += nats
-            p.mul_(((1 + 2 * z_loss * lse) / total_exp)[:, None])
-            p.scatter_add_(1, y_part[:, None], p.new_full((len(y_part), 1), -1.0)).mul_(slope)
-            torch.mm(p, table, out=de_part)
-            dtable.addmm_(p.T, e_part)
-            dbias += p.sum(0)
-        ctx.save_for_backward(de, dtable, dbias)
-        ctx.mark_non_differentiable(total)
-        return loss, total
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
-        return *(t.mul_(g) for t in ctx.saved_tensors), None, None, None
-
-
 def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """(what is minimized, cross entropy), both summed over the tokens."""
     cfg, h = model.cfg, model.hidden(x)
     if not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly" and cfg.logit_softcap <= 60:
         e, bias = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias)
-        return ChunkedPolyLoss.apply(e, model.table.stored_weight(), bias, y.flatten(), cfg.logit_softcap, z_loss)
+        table = StraightThrough.apply(model.table.weight, model.table.stored(e.dtype))
+        return ChunkedPolyLoss.apply(e, table, bias, y.flatten(), cfg.logit_softcap, z_loss)
     nats, lse = token_nats(model.logits(h), y)
     return nats.sum() + z_loss * lse.square().sum(), nats.detach().sum()
 
@@ -1290,6 +1284,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: Callable[[Tensor, Ten
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
+    round_weights(model)
     for opt in optimizers:
         opt.state.clear()
     if not cfg.temp_scaling:
@@ -1301,20 +1296,36 @@ def warm_up(model: GPT, world: World, log: Log, take_step: Callable[[Tensor, Ten
     return world.agree(clock.finish())
 
 
+class TrainingStep:
+    """What a step computes: gradients of all micro-batches, their sum over the processes, the optimizers, the rounding.
+
+    Used within `rounded_once`; `grads.loss` is the step's cross entropy, a device scalar.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, world: World) -> None:
+        self.cfg, self.model, (self.micro_batches, _) = cfg, model, batch_layout(cfg, world.size)
+        self.optimizers, self.grads = build_optimizers(model, cfg, world), Gradients(model, world)
+        self.loss_function = compiled(training_loss, cfg, world)
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """x, y: this process's sequences of the step, (sequences, T) each."""
+        self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, self.micro_batches)
+        if self.cfg.grad_clip_norm:
+            self.grads.clip(self.cfg.grad_clip_norm)
+        for opt in self.optimizers:
+            opt.step()
+        round_weights(self.model)
+
+
 def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     """Train until the wall clock or ITERATIONS ends the run; sets `model.temperature`; returns the figures of the run."""
-    micro_batches, _ = batch_layout(cfg, world.size)
+    with rounded_once(model):
+        return training_loop(model, TrainingStep(model, cfg, world), world, log, val)
+
+
+def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
+    cfg, grads, optimizers = model.cfg, take_step.grads, take_step.optimizers
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
-    optimizers, grads = build_optimizers(model, cfg, world), Gradients(model, world)
-    loss_function = compiled(training_loss, cfg, world)
-
-    def take_step(x: Tensor, y: Tensor) -> None:
-        grads.compute(lambda *micro: loss_function(model, *micro, cfg.z_loss), x, y, micro_batches)
-        if cfg.grad_clip_norm:
-            grads.clip(cfg.grad_clip_norm)
-        for opt in optimizers:
-            opt.step()
-
     batches = Batches(TokenStream(cfg, "train"), world)
     reserve_s = warm_up(model, world, log, take_step, optimizers)
     budget_s = cfg.max_wallclock_seconds - reserve_s if cfg.max_wallclock_seconds else math.inf
@@ -1380,7 +1391,80 @@ def check_replicas(model: nn.Module, world: World) -> None:
         raise RuntimeError("the processes' weights have drifted apart")
 
 
-# ---- 8 Artifact -----------------------------------------------------------------------------------------------------
+# ---- 8 Kernels (kernels) ---------------------------------------------------------------------------------------------
+# What training computes by hand, each the same mathematics as plain PyTorch: faster, and tested against it.
+
+
+class StoredMatmul(torch.autograd.Function):
+    """x (..., in), latent and stored weight (out, in) -> x @ stored.T; the stored weight's gradient goes to the latent one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(x, stored)
+        return F.linear(x, stored)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, stored = ctx.saved_tensors
+        return g @ stored, weight_gradient(g.flatten(0, -2), x.flatten(0, -2)), None
+
+
+class StoredLookup(torch.autograd.Function):
+    """Rows of the stored table (V, E) for idx (...): (..., E); their gradient goes to the latent table, float32."""
+
+    @staticmethod
+    def forward(ctx: Any, idx: Tensor, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(idx)
+        ctx.rows = stored.size(0)
+        return F.embedding(idx, stored)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        return None, torch.ops.aten.embedding_dense_backward(g.float(), ctx.saved_tensors[0], ctx.rows, -1, False), None
+
+
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """g (N, out), x (N, in) -> g.T @ x, float32: on a GPU as the tensor cores accumulated it, without a rounding between."""
+    return torch.mm(g.T, x, out_dtype=torch.float32) if g.is_cuda and g.dtype != torch.float32 else g.T @ x
+
+
+class ChunkedPolyLoss(torch.autograd.Function):
+    """Output projection, poly softcap and loss on a CPU: a few rows of logits at a time, which stay in the cache, and their
+    gradient at once, so that the (B * T, V) logits never exist. `training_loss` has the same mathematics plainly."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float) -> tuple[Tensor, Tensor]:
+        """e (N, E), table (V, E), bias (V,), y (N,) -> what is minimized and cross entropy, summed."""
+        de, dtable, dbias = torch.empty_like(e), torch.zeros_like(table), torch.zeros_like(bias)
+        loss, total = e.new_zeros(()), e.new_zeros(())
+        rows = max(16, 2**19 // table.size(0))
+        for e_part, y_part, de_part in zip(e.split(rows), y.split(rows), de.split(rows), strict=True):
+            u = torch.addmm(bias, e_part, table.T).div_(cap).clamp_(-2, 2)
+            u2 = u.square()
+            value = (u2 / 15).sub_(1 / 3).mul_(u2).add_(1).mul_(u)
+            slope = (u2 / 3).sub_(1).mul_(u2).add_(1).mul_(value.abs() < 1)  # of the softcap: 0 where it clips
+            p = value.clamp_(-1, 1).mul_(cap)
+            target = p.gather(1, y_part[:, None]).squeeze(1)
+            total_exp = p.exp_().sum(1)  # |logits| <= cap: no maximum needs to be taken out
+            lse = total_exp.log()
+            nats = (lse - target).sum()
+            loss += nats + z_loss * lse.square().sum()
+            total += nats
+            p.mul_(((1 + 2 * z_loss * lse) / total_exp)[:, None])
+            p.scatter_add_(1, y_part[:, None], p.new_full((len(y_part), 1), -1.0)).mul_(slope)
+            torch.mm(p, table, out=de_part)
+            dtable.addmm_(p.T, e_part)
+            dbias += p.sum(0)
+        ctx.save_for_backward(de, dtable, dbias)
+        ctx.mark_non_differentiable(total)
+        return loss, total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
+        return *(t.mul_(g) for t in ctx.saved_tensors), None, None, None
+
+
+# ---- 9 Artifact ------------------------------------------------------------------------------------------------------
 # The model as bytes, and back. The model's definition is the schema: streams hold the parameters in its order, without names.
 #
 #   bytes      what
@@ -1680,7 +1764,7 @@ def fill_model(model: GPT, symbols: list[np.ndarray]) -> None:
     assert at == {name: len(stream) for name, stream in streams.items()}
 
 
-# ---- 9 Published codecs (option) ------------------------------------------------------------------------------------
+# ---- 10 Published codecs (option) ------------------------------------------------------------------------------------
 # Base-3 + LZMA and bitmask + LZMA, the methods of #640 and of others, over the same symbols and in the same container.
 
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 0, "lp": 0, "pb": 0}]
@@ -1764,7 +1848,7 @@ def unpack_published(streams: list[bytes], counts: list[int], codec: str) -> lis
     return symbols
 
 
-# ---- 10 Evaluation --------------------------------------------------------------------------------------------------
+# ---- 11 Evaluation ---------------------------------------------------------------------------------------------------
 # A model and the validation tokens in; nats per token and bits per byte out. One function for every stride.
 
 
@@ -1875,7 +1959,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
     return nats / targets, nats / math.log(2) / val.num_bytes
 
 
-# ---- 11 Report ------------------------------------------------------------------------------------------------------
+# ---- 12 Report -------------------------------------------------------------------------------------------------------
 # What the log says about the run besides its losses.
 
 
@@ -1942,7 +2026,11 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
     return result | {"temperature": model.temperature.item(), "eval_time_s": clock.finish()}
 
 
-# ---- 12 Main --------------------------------------------------------------------------------------------------------
+# ---- 13 Optional systems (option) ------------------------------------------------------------------------------------
+# Other systems of the field, off in the default run: nothing above reads them then.
+
+
+# ---- 14 Main ---------------------------------------------------------------------------------------------------------
 
 
 def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) -> tuple[bytes, dict[str, Any]]:
@@ -1953,7 +2041,8 @@ def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) ->
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} kv:{cfg.num_kv_heads} "
         f"ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
     run = train(model, cfg, world, log, val)
-    scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
+    with rounded_once(model):
+        scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
     run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
     log(f"{validation_line(cfg, run['steps'], scores, run['train_time_s'])} zero_frac:{run['zero_frac']:.3f}")
     clock = Clock(world)
@@ -2000,8 +2089,8 @@ def main() -> None:
             blob, run = train_and_export(cfg, world, log, val)
             result |= run
         model, _ = load_artifact(blob, cfg.precision)  # from here on, only what the bytes hold
-        model.to(world.device)
-        result |= score_artifact(model, val, cfg, world, log)
+        with rounded_once(model.to(world.device)):
+            result |= score_artifact(model, val, cfg, world, log)
     result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
                "torch_version": torch.__version__, "git_commit": git_commit()}
     log("result " + json.dumps(result))
