@@ -1394,6 +1394,34 @@ def check_replicas(model: nn.Module, world: World) -> None:
 # ---- 8 Kernels (kernels) ---------------------------------------------------------------------------------------------
 # What training computes by hand, each the same mathematics as plain PyTorch: faster, and tested against it.
 
+triton = None
+if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only tests import it, to run it in its interpreter
+    with contextlib.suppress(ImportError):
+        import triton
+        import triton.language as tl  # noqa: F401
+
+jit = triton.jit if triton else lambda function: function
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether Triton's kernels take what is computed from x: 16 bits on Hopper or newer. Tests replace this function."""
+    return triton is not None and x.is_cuda and x.element_size() == 2 and torch.cuda.get_device_properties(x.device).major >= 9
+
+
+def operator(fake: Callable) -> Callable:
+    """Decorator: a function with type hints as one operator, which torch.compile calls without a look inside; `fake`, with
+    the same arguments, gives empty outputs."""
+
+    def register(function: Callable) -> Callable:
+        if triton is None:
+            return function
+        name = f"{__name__.strip('_')}::{function.__name__}"  # this file may be loaded twice, under two names
+        op = torch.library.custom_op(name, function, mutates_args=())
+        op.register_fake(fake)
+        return op
+
+    return register
+
 
 class StoredMatmul(torch.autograd.Function):
     """x (..., in), latent and stored weight (out, in) -> x @ stored.T; the stored weight's gradient goes to the latent one."""
