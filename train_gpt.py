@@ -87,8 +87,8 @@ class OptionalSettings:
     mlp_groups: Literal[0] = 0
     refiner: Literal[0] = 0
     smear: Literal[0] = 0
-    training_depth_recurrence: Literal[0, 1] = 0
-    eval_depth_recurrence: Literal[0, 1] = 0
+    training_depth_recurrence: int = model_setting(0)  # each block so often in a row; 0: once
+    eval_depth_recurrence: int = model_setting(0)  # the same in evaluation; 0: as in training
     seq_len_start: Literal[0] = 0
     batch_tokens_start: Literal[0] = 0
     untie_at_fraction: float = 0.0
@@ -103,6 +103,9 @@ class OptionalSettings:
     embed_lr: float = 0.6
     head_lr: float = 0.02
     corr_weight_lr: float = 0.02
+    # parts of the published design that can be switched off
+    unet: bool = model_setting(True)
+    resid_mix: bool = model_setting(True)
 
 
 # ---- 1 Config --------------------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def check_config(cfg: Config) -> None:
     for name in BELOW_ONE:
         need(0 <= getattr(cfg, name) < 1, name, "a number in [0, 1)")
     need(0 <= cfg.warmdown_fraction <= 1, "warmdown_fraction", "a number in [0, 1]")
-    need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
+    check_optional(cfg, need)
     need(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", cfg.run_id) is not None, "run_id", "1 to 80 letters, digits or . _ -")
     for name, most in AT_MOST.items():
         need(getattr(cfg, name) <= most, name, f"at most {most}")
@@ -973,13 +976,13 @@ class Block(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.attention, self.mlp = Attention(cfg), MLP(cfg)
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)))[: 2 * cfg.resid_mix])
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         mix, attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
-        x = mix[0] * x + mix[1] * x0
+        x = mix[0] * x + mix[1] * x0 if len(mix) else x
         x = x + attn_scale * self.attention(rms_norm(x))
         return x + mlp_scale * self.mlp(rms_norm(x))
 
@@ -1005,22 +1008,21 @@ class GPT(nn.Module):
         self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.embed_out = TableProjection(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
+        self.skip_weights = nn.Parameter(torch.ones(count_skips(cfg), cfg.model_dim))
         self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
         self.softcap = SOFTCAPS[cfg.softcap_type]
         self.register_buffer("temperature", torch.ones(()))  # saved; divides the logits of the sliding score only
 
-    def hidden(self, idx: Tensor) -> Tensor:
+    def hidden(self, idx: Tensor, training: bool = False) -> Tensor:
         """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them."""
         dtype = compute_dtype(self.cfg.precision, idx.device)
         x = x0 = rms_norm(self.embed_in(StoredLookup.apply(idx, self.table.weight, self.table.stored(dtype))))
         skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
-        encoder_layers = len(self.blocks) // 2  # an odd number makes the decoder the larger half
-        for i, block in enumerate(self.blocks):
-            if i >= encoder_layers and skips:
-                x = x + skip_weights[i - encoder_layers] * skips.pop()
-            x = block(x, x0)
-            if i < encoder_layers:
+        for block, skip, pushes in block_order(self.cfg, training):
+            if skip is not None:
+                x = x + skip_weights[skip] * skips.pop()
+            x = self.blocks[block](x, x0)
+            if pushes:
                 skips.append(x)
         return rms_norm(x)
 
@@ -1205,7 +1207,7 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
 
 def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """(what is minimized, cross entropy), both summed over the tokens."""
-    cfg, h = model.cfg, model.hidden(x)
+    cfg, h = model.cfg, model.hidden(x, training=True)
     if not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly" and cfg.logit_softcap <= 60:
         e, bias = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias)
         table = StraightThrough.apply(model.table.weight, model.table.stored(e.dtype))
@@ -1708,7 +1710,7 @@ def save_artifact(model: GPT, cfg: Config) -> bytes:
             break
     else:
         raise AssertionError(f"no codec of {names} gives the symbols back")
-    settings = cfg.model_settings() | {"codec": codec, "temperature": repr(model.temperature.item())}
+    settings = stored_settings(cfg) | {"codec": codec, "temperature": repr(model.temperature.item())}
     header = "\n".join(f"{k}={v}" for k, v in settings.items()).encode()
     body = header + STREAM_LENGTHS.pack(*map(len, packed[codec])) + b"".join(packed[codec])
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest()) + body
@@ -1741,7 +1743,7 @@ def read_container(blob: bytes) -> Container:
         lengths = STREAM_LENGTHS.unpack_from(body, header_length)
     except (ValueError, KeyError, struct.error) as error:
         raise ArtifactError(f"the artifact's header is not valid: {error}") from None
-    if codec not in CODECS or settings.keys() != cfg.model_settings().keys():
+    if codec not in CODECS or settings.keys() != stored_settings(cfg).keys():
         raise ArtifactError("the artifact's header is not valid: not the model settings and codec of this version")
     if not 0.5 <= temperature <= 2:
         raise ArtifactError(f"the artifact's temperature is {temperature}: expected 0.5 to 2")
@@ -2056,6 +2058,40 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
 
 # ---- 13 Optional systems (option) ------------------------------------------------------------------------------------
 # Other systems of the field, off in the default run: nothing above reads them then.
+
+
+def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
+    """Ranges and combinations of OptionalSettings; `need` is that of check_config."""
+    for name in ("training_depth_recurrence", "eval_depth_recurrence"):
+        need(0 <= getattr(cfg, name) <= 16, name, "0 to 16")
+    need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
+
+
+def stored_settings(cfg: Config) -> dict[str, str]:
+    """NAME -> text of what an artifact's header holds: the model's settings, those of other systems only where they differ."""
+    default = {f.name.upper(): str(f.default) for f in dataclasses.fields(OptionalSettings)}
+    return {name: text for name, text in cfg.model_settings().items() if default.get(name) != text}
+
+
+class BlockPass(NamedTuple):
+    """One pass through a block."""
+
+    block: int
+    skip: int | None  # the row of skip_weights that weighs the popped output, which is added before the block
+    pushes: bool  # whether a later pass pops the block's output
+
+
+def count_skips(cfg: Config) -> int:
+    """An odd number of layers makes the decoder the larger half: its last layer takes no skip."""
+    return cfg.num_layers // 2 * cfg.unet
+
+
+def block_order(cfg: Config, training: bool) -> list[BlockPass]:
+    """The passes of one forward pass. Depth recurrence (#640) repeats each block in a row: a skip is popped before the first
+    repeat and pushed after the last."""
+    repeats = (not training and cfg.eval_depth_recurrence) or max(1, cfg.training_depth_recurrence)
+    n, passes = count_skips(cfg), itertools.product(range(cfg.num_layers), range(repeats))
+    return [BlockPass(i, i - n if r == 0 and n <= i < 2 * n else None, r == repeats - 1 and i < n) for i, r in passes]
 
 
 # ---- 14 Main ---------------------------------------------------------------------------------------------------------
