@@ -9,7 +9,8 @@ defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured 
 
 The file reads in the order the data flows:
     0 Settings of other systems    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer
-    7 Training    8 Kernels    9 Artifact    10 Published codecs    11 Evaluation    12 Report    13 Optional systems    14 Main
+    7 Training    8 Kernels and hardware    9 Artifact
+    10 Published codecs    11 Evaluation    12 Report    13 Optional systems    14 Main
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G weights
 that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte (bpb) are
@@ -334,6 +335,13 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def sum_shares_(self, x: Tensor) -> Tensor:
+        """x (size * n, ...): the sum over all processes, in place, in this process's n only; returns them."""
+        share = x.chunk(self.size)[self.rank]
+        if self.size > 1:
+            getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(share, x)
+        return share
+
     def agree(self, value: float) -> float:
         """Rank 0's value on every process; through gloo, so that the GPU's queue is not drained."""
         if self.size == 1:
@@ -420,48 +428,11 @@ class Log:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-class Reading:
-    """A device scalar on its way to the host: `get()` waits for this value, not for what was queued after it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._event = None
-        self._value = value.detach().clone()
-        if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._value.item()
-
-
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def compiled(function: Callable, cfg: Config, world: World) -> Callable:
-    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU.
-
-    Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
-    """
-    gpu = world.device.type == "cuda"
-    if not gpu or cfg.compile_mode == "none" or torch.cuda.get_device_capability(world.device) < (8, 9):
-        return function
-    torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
-    return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the blocks it frees: returning them and faulting them in again costs a CPU run 11 % (RESULTS.md R004)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for option, value in ((-3, 1 << 25), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(ctypes.c_int(option), ctypes.c_int(value))
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -648,18 +619,6 @@ def round_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def round_int(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole-number codes (as w) and a step (rows, 1) for each row: its root mean square / 2^(bits - 2).
-
-    A Gaussian row then takes bits + .05 bits a weight after entropy coding; codes reach +-127, so nothing near is clipped
-    (a uniform quantizer with entropy coding: Gish and Pierce 1968). The step is rounded like a scale. Reciprocal and root
-    are taken in float64: the quotient is then the same on every device.
-    """
-    rms = w.float().square().mean(-1, keepdim=True, dtype=torch.float64).sqrt()
-    step = round_scale((rms * 2.0 ** (2 - bits)).float(), "e4m3")
-    return (w.float() * step.double().reciprocal().float()).round().clamp(-127, 127), step
-
-
 def round_table(w: Tensor, storage: str) -> Tensor:
     """A table or one of its projections as it comes back from the artifact, float32."""
     if storage == "FP16":
@@ -834,29 +793,6 @@ class Rotary(nn.Module):
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def flash_attention_3(cfg: Config) -> Callable | None:
-    """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    fits = cfg.precision != "fp32" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 256
-    return flash_attn_func if hopper and fits else None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by PyTorch: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def attention_backends(device: torch.device) -> contextlib.AbstractContextManager:
-    """cuDNN's attention first on Hopper, where PyTorch would take the slower FlashAttention-2; elsewhere PyTorch's choice."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
-
-
 class Role(NamedTuple):
     """What a parameter's owner decides for it: its optimizer and its form in the artifact."""
 
@@ -886,6 +822,13 @@ class QuantizedLinear(nn.Module):
             return self.operand.to(dtype)
         return (self.weight.detach() if self.frozen else self.rounded()).to(dtype)
 
+    @torch.no_grad()
+    def keep_rounded(self, dtype: torch.dtype) -> None:
+        """Round once for all uses until the next call."""
+        kept, self.operand = self.operand, None
+        stored = self.stored(dtype)
+        self.operand = stored if kept is None else kept.copy_(stored)
+
     def forward(self, x: Tensor) -> Tensor:
         return StoredMatmul.apply(self.prepare(x), self.weight, self.stored(x.dtype))
 
@@ -897,11 +840,12 @@ class TernaryLinear(QuantizedLinear):
         super().__init__(in_dim, out_dim)
         self.group_size = {"group": cfg.bitnet_group_size, "row": in_dim, "tensor": in_dim * out_dim}[cfg.scale_group]
         self.form = ScaleFormat(cfg.scale_stat, cfg.scale_storage, cfg.ternary_threshold)
+        self.format = (self.group_size, self.form)
         nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
 
     def ternarized(self) -> tuple[Tensor, Tensor]:
         """Codes (groups, G) and scales (groups, 1)."""
-        return ternarize(self.weight.detach(), self.group_size, self.form)
+        return ternarize(self.weight.detach(), *self.format)
 
     def rounded(self) -> Tensor:
         codes, scale = self.ternarized()
@@ -1047,28 +991,17 @@ def parameter_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Para
             yield name, module, p, getattr(module, "role", Role("control", "control"))
 
 
-@torch.no_grad()
-def round_weights(model: nn.Module) -> None:
-    """Every matrix as it will be stored, in the dtype of the matrix products: once an optimizer step, not once a use."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            stored = module.weight if module.frozen else module.rounded()
-            if module.operand is None:
-                module.operand = stored.to(compute_dtype(model.cfg.precision, stored.device))
-            else:
-                module.operand.copy_(stored)
-
-
 @contextlib.contextmanager
 def rounded_once(model: nn.Module) -> Iterator[None]:
-    """Within it the matrices' operands are kept; who changes a weight calls `round_weights`."""
-    kept = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.operand is None]
-    round_weights(model)
+    """Within it every matrix is kept as it will be stored, and not rounded at each use; training renews it (`publish`)."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
+        layer.keep_rounded(compute_dtype(model.cfg.precision, layer.weight.device))
     try:
         yield
     finally:
-        for module in kept:
-            module.operand = None
+        for layer in layers:
+            layer.operand = None
 
 
 def zero_fraction(model: nn.Module) -> float:
@@ -1104,30 +1037,22 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 class NeoMuon(torch.optim.Optimizer):
     """Muon whose Nesterov update is normalized row by row before it is orthogonalized (#640; MuonEq-R, #1394).
 
-    One group a shape: its matrices are stacked, shared out among the processes, updated in one batch and gathered.
-    Gradients must be summed over the processes before `step`.
+    Parameters are banks' shards (n, rows, columns), each updated in one batch of matrix products.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], cfg: Config, world: World) -> None:
-        shapes = list(dict.fromkeys(p.shape for p in matrices))
-        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
-        self._world, self._row_norm, self._weight_decay = world, cfg.matrix_optimizer != "muon_plain", cfg.muon_wd
+    def __init__(self, shards: list[nn.Parameter], cfg: Config, world: World) -> None:
+        super().__init__(shards, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
+        self._row_norm, self._weight_decay = cfg.matrix_optimizer != "muon_plain", cfg.muon_wd
         self._orthogonalize, self._steps = compiled(orthogonalize, cfg, world), cfg.muon_backend_steps
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = group["params"]
-            share = -(-len(params) // self._world.size)  # matrices a process; the last ones may have fewer
-            mine = params[self._world.rank * share :][:share]
-            updates = params[0].new_zeros(share, *params[0].shape)
-            if mine:
-                updates[: len(mine)] = self._update(torch.stack([p.grad for p in mine]), self.state[params[0]], group["momentum"])
-            updates = self._world.gather(updates)[: len(params)]
-            if self._weight_decay:
-                torch._foreach_mul_(params, 1 - group["lr"] * self._weight_decay)
-            torch._foreach_add_(params, list(updates), alpha=-group["lr"])
+            for p in group["params"]:
+                update = self._update(p.grad, self.state[p], group["momentum"])
+                if self._weight_decay:
+                    p.mul_(1 - group["lr"] * self._weight_decay)
+                p.add_(update, alpha=-group["lr"])
 
     def _update(self, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
         """(n, rows, columns) gradients -> updates; `state` holds their momentum."""
@@ -1141,22 +1066,23 @@ class NeoMuon(torch.optim.Optimizer):
         return self._orthogonalize(u, self._steps).to(g.dtype) * max(1, g.size(-2) / g.size(-1)) ** 0.5
 
 
-def build_optimizers(model: nn.Module, cfg: Config, world: World) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Bank]) -> list[torch.optim.Optimizer]:
     """Every parameter in exactly one optimizer, by its role. Groups carry `base_lr`, which the schedule scales."""
     roles: dict[str, list[nn.Parameter]] = {"matrix": [], "table": [], "control": []}
     for _, _, p, role in parameter_owners(model):
         roles[role.optimizer].append(p)
 
-    def adam(name: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-        group = {"params": roles[name], "lr": lr, "base_lr": lr}
+    def adam(params: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        group = {"params": params, "lr": lr, "base_lr": lr}
         return torch.optim.AdamW([group], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=weight_decay, fused=True)
 
+    shards = [bank.shard for bank in banks]
     adamw = cfg.matrix_optimizer == "adamw"
-    matrices = adam("matrix", cfg.adam_lr, cfg.adam_wd) if adamw else NeoMuon(roles["matrix"], cfg, world)
-    optimizers = [matrices, adam("table", cfg.tied_embed_lr), adam("control", cfg.scalar_lr)]
-    grouped = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    matrices = adam(shards, cfg.adam_lr, cfg.adam_wd) if adamw else NeoMuon(shards, cfg, world)
+    others = [adam(roles["table"], cfg.tied_embed_lr), adam(roles["control"], cfg.scalar_lr)]
+    grouped = [module.weight for bank in banks for module in bank.modules] + roles["table"] + roles["control"]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
-    return optimizers
+    return [matrices, *others]
 
 
 class Stage(NamedTuple):
@@ -1217,30 +1143,37 @@ def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tens
 
 
 class Gradients:
-    """All gradients, and the loss, in one flat buffer: no allocation a step, and one reduction for all of them."""
+    """All gradients in buffers made once: the matrices' in their banks, the others', and the loss, in a flat one."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
-        params = list(model.parameters())
-        self._world = world
-        self._flat = torch.zeros(sum(p.numel() for p in params) + 1, device=world.device)
-        self.loss = self._flat[-1]
-        offset = 0
-        for p in params:
-            p.grad = self._flat[offset : offset + p.numel()].view_as(p)
-            offset += p.numel()
+        self._world, self.banks = world, Bank.build(model, model.cfg, world)
+        others = [p for p in model.parameters() if p.grad is None]
+        self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=world.device)
+        self.loss = self.flat[-1]
+        for p, g in zip(others, self.flat[:-1].split([p.numel() for p in others]), strict=True):
+            p.grad = g.view_as(p)
 
     def compute(self, loss_function: Callable, x: Tensor, y: Tensor, micro_batches: int) -> None:
-        """Mean gradient and mean loss of the step over the tokens of all processes."""
-        self._flat.zero_()
+        """Mean gradient and mean loss of the step over the tokens of all processes; of the matrices, in this process's shards."""
+        for buffer in self._buffers():
+            buffer.zero_()
         tokens = x.numel() * self._world.size
         for micro_x, micro_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
             loss, nats = loss_function(micro_x, micro_y)
             (loss / tokens).backward()
             self.loss += nats / tokens
-        self._world.sum_(self._flat)
+        for bank in self.banks:
+            self._world.sum_shares_(bank.grads)
+        self._world.sum_(self.flat)
+
+    def _buffers(self) -> list[Tensor]:
+        return [self.flat, *(bank.grads for bank in self.banks)]
 
     def clip(self, max_norm: float) -> None:
-        self._flat[:-1] *= (max_norm / (self._flat[:-1].norm() + 1e-6)).clamp_max(1)
+        shards = [bank.shard.grad for bank in self.banks]
+        squares = self._world.sum_(sum(g.square().sum() for g in shards)) + self.flat[:-1].square().sum()
+        for g in (self.flat[:-1], *shards):
+            g *= (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
 
 
 CALIBRATION_TOKENS = 65_536
@@ -1271,7 +1204,7 @@ def calibration_sequences(cfg: Config, world: World) -> int:
     return max(1, wanted // world.size) * world.size
 
 
-def warm_up(model: GPT, world: World, log: Log, take_step: Callable[[Tensor, Tensor], None], optimizers: list) -> float:
+def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep, optimizers: list) -> float:
     """Compile every shape of the loop on random tokens, before the clock starts; weights and optimizers are restored.
 
     Returns the seconds that the temperature takes, which the loop leaves free at its end.
@@ -1286,7 +1219,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: Callable[[Tensor, Ten
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
-    round_weights(model)
+    take_step.publish()
     for opt in optimizers:
         opt.state.clear()
     if not cfg.temp_scaling:
@@ -1306,8 +1239,12 @@ class TrainingStep:
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
         self.cfg, self.model, (self.micro_batches, _) = cfg, model, batch_layout(cfg, world.size)
-        self.optimizers, self.grads = build_optimizers(model, cfg, world), Gradients(model, world)
+        self.grads = Gradients(model, world)
+        self.optimizers = build_optimizers(model, cfg, world, self.grads.banks)
         self.loss_function = compiled(training_loss, cfg, world)
+        banked = {layer for bank in self.grads.banks for layer in bank.modules}
+        self.others = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in banked]
+        self.publish()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """x, y: this process's sequences of the step, (sequences, T) each."""
@@ -1316,7 +1253,18 @@ class TrainingStep:
             self.grads.clip(self.cfg.grad_clip_norm)
         for opt in self.optimizers:
             opt.step()
-        round_weights(self.model)
+        self.publish()
+
+    def publish(self) -> None:
+        """Every matrix as it will be stored, on every process."""
+        for bank in self.grads.banks:
+            bank.publish()
+        for layer in self.others:
+            layer.keep_rounded(compute_dtype(self.cfg.precision, layer.weight.device))
+
+    def communication(self, world_size: int) -> list[tuple[str, int]]:
+        """(what, bytes of the whole) of every collective of a step among `world_size` processes."""
+        return [("all-reduce", 4 * self.grads.flat.numel()), *(c for bank in self.grads.banks for c in bank.communication(world_size))]
 
 
 def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
@@ -1365,6 +1313,8 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     train_time_s = world.agree(clock.finish())
     if step < cfg.iterations:
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
+    for bank in grads.banks:
+        bank.share_latent()
     check_replicas(model, world)
     return {"steps": step, "tokens": step * cfg.train_batch_tokens, "train_time_s": train_time_s,
             "ms_per_step": 1000 * train_time_s / step, "first_losses": losses[:20]}
@@ -1393,8 +1343,68 @@ def check_replicas(model: nn.Module, world: World) -> None:
         raise RuntimeError("the processes' weights have drifted apart")
 
 
-# ---- 8 Kernels (kernels) ---------------------------------------------------------------------------------------------
-# What training computes by hand, each the same mathematics as plain PyTorch: faster, and tested against it.
+# ---- 8 Kernels and hardware (kernels) --------------------------------------------------------------------------------
+# What a machine does best, and what training computes by hand: the same mathematics as plain PyTorch, and tested against it.
+
+
+class Reading:
+    """A device scalar on its way to the host: `get()` waits for this value, not for what was queued after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        self._value = value.detach().clone()
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.item()
+
+
+def compiled(function: Callable, cfg: Config, world: World) -> Callable:
+    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU.
+
+    Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
+    """
+    gpu = world.device.type == "cuda"
+    if not gpu or cfg.compile_mode == "none" or torch.cuda.get_device_capability(world.device) < (8, 9):
+        return function
+    torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
+    return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the blocks it frees: returning them and faulting them in again costs a CPU run 11 % (RESULTS.md R004)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, value in ((-3, 1 << 25), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(ctypes.c_int(option), ctypes.c_int(value))
+
+
+def flash_attention_3(cfg: Config) -> Callable | None:
+    """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    fits = cfg.precision != "fp32" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 256
+    return flash_attn_func if hopper and fits else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by PyTorch: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def attention_backends(device: torch.device) -> contextlib.AbstractContextManager:
+    """cuDNN's attention first on Hopper, where PyTorch would take the slower FlashAttention-2; elsewhere PyTorch's choice."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 triton = None
 if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only tests import it, to run it in its interpreter
@@ -1456,6 +1466,72 @@ class StoredLookup(torch.autograd.Function):
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g (N, out), x (N, in) -> g.T @ x, float32: on a GPU as the tensor cores accumulated it, without a rounding between."""
     return torch.mm(g.T, x, out_dtype=torch.float32) if g.is_cuda and g.dtype != torch.float32 else g.T @ x
+
+
+def pack_weights(w: Tensor, group_size: int, form: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """Ternary weights in a quarter of a byte each, as processes exchange them: (size / 4,) uint8, (groups, 1) scales."""
+    codes, scale = ternarize(w, group_size, form)
+    a, b, c, d = (codes + 1).to(torch.uint8).view(-1, 4).unbind(1)
+    return a | b << 2 | c << 4 | d << 6, scale
+
+
+def unpack_weights(out: Tensor, packed: Tensor, scale: Tensor) -> None:
+    """Inverse of pack_weights, into `out`."""
+    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).view(len(scale), -1)
+    out.copy_(((codes.float() - 1) * scale).view_as(out))
+
+
+class Bank:
+    """All matrices of one shape: latent weights and gradients (n, rows, columns) in one piece of memory each, n filled up to a
+    multiple of the processes. Each process owns an equal run, the `shard`: it alone sums their gradients, holds their momentum
+    and updates them. The others get their codes; `share_latent` is for the end.
+    """
+
+    def __init__(self, modules: list[QuantizedLinear], cfg: Config, world: World) -> None:
+        self.modules, self._world, weight = modules, world, modules[0].weight
+        count = -(-len(modules) // world.size) * world.size
+        self.latent, self.grads = weight.new_zeros(2, count, *weight.shape).detach().unbind()
+        for module, w, g in zip(modules, self.latent, self.grads, strict=False):
+            w.copy_(module.weight.detach())
+            module.weight.data, module.weight.grad = w, g
+        self.shard = nn.Parameter(self.latent.chunk(world.size)[world.rank])
+        self.shard.grad = self.grads.chunk(world.size)[world.rank]
+        self._ternary, self._dtype = modules[0].role.storage == "ternary", compute_dtype(cfg.precision, weight.device)
+        if self._ternary:
+            self._pack, self._unpack = compiled(pack_weights, cfg, world), compiled(unpack_weights, cfg, world)
+            self.operand = torch.zeros_like(self.latent, dtype=self._dtype)
+            for module, operand in zip(modules, self.operand, strict=False):
+                module.operand = operand
+
+    @classmethod
+    def build(cls, model: nn.Module, cfg: Config, world: World) -> list[Bank]:
+        """A bank for each shape and kind of matrix, the largest first."""
+        kinds: dict[Any, list[QuantizedLinear]] = {}
+        for _, module, p, role in parameter_owners(model):
+            if role.optimizer == "matrix":
+                kinds.setdefault((role, p.shape), []).append(module)
+        return [cls(kinds[kind], cfg, world) for kind in sorted(kinds, key=lambda kind: -kind[1].numel() * len(kinds[kind]))]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """What the shards' owners made of them, on every process: the latent weights, or of ternary matrices codes and scales."""
+        if self._ternary:
+            packed = self._pack(self.shard.detach(), *self.modules[0].format)
+            self._unpack(self.operand, *(self._world.gather(part) for part in packed))
+            return
+        self.share_latent()
+        for module in self.modules:
+            module.keep_rounded(self._dtype)
+
+    def share_latent(self) -> None:
+        if self._world.size > 1:
+            self.latent.copy_(self._world.gather(self.shard.detach()))
+
+    def communication(self, world_size: int) -> list[tuple[str, int]]:
+        """(what, bytes of the whole) that one step moves among `world_size` processes."""
+        weights = -(-len(self.modules) // world_size) * world_size * self.modules[0].weight.numel()
+        gathered = weights // 4 + 4 * weights // self.modules[0].group_size if self._ternary else 4 * weights
+        return [("reduce-scatter", 4 * weights), ("all-gather", gathered)]
 
 
 class ChunkedPolyLoss(torch.autograd.Function):
@@ -1794,8 +1870,9 @@ def fill_model(model: GPT, symbols: list[np.ndarray]) -> None:
     assert at == {name: len(stream) for name, stream in streams.items()}
 
 
-# ---- 10 Published codecs (option) ------------------------------------------------------------------------------------
-# Base-3 + LZMA and bitmask + LZMA, the methods of #640 and of others, over the same symbols and in the same container.
+# ---- 10 Published codecs and narrow tables (option) ------------------------------------------------------------------
+# Base-3 + LZMA and bitmask + LZMA, the methods of #640 and of others, over the same symbols in the same container; tables of 4
+# to 6 bits a weight.
 
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 0, "lp": 0, "pb": 0}]
 
@@ -1876,6 +1953,18 @@ def unpack_published(streams: list[bytes], counts: list[int], codec: str) -> lis
     if [s.size for s in symbols] != counts:
         raise ArtifactError("the artifact's streams are not those of the model it describes")
     return symbols
+
+
+def round_int(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Whole-number codes (as w) and a step (rows, 1) for each row: its root mean square / 2^(bits - 2).
+
+    A Gaussian row then takes bits + .05 bits a weight after entropy coding; codes reach +-127, so nothing near is clipped
+    (a uniform quantizer with entropy coding: Gish and Pierce 1968). The step is rounded like a scale. Reciprocal and root
+    are taken in float64: the quotient is then the same on every device.
+    """
+    rms = w.float().square().mean(-1, keepdim=True, dtype=torch.float64).sqrt()
+    step = round_scale((rms * 2.0 ** (2 - bits)).float(), "e4m3")
+    return (w.float() * step.double().reciprocal().float()).round().clamp(-127, 127), step
 
 
 # ---- 11 Evaluation ---------------------------------------------------------------------------------------------------

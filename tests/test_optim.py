@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import ROOT, launch, tiny_config, tiny_model
 
 from train_gpt import (
     GPT,
@@ -13,6 +13,7 @@ from train_gpt import (
     Table,
     TableProjection,
     TernaryLinear,
+    TrainingStep,
     UserError,
     World,
     apply_stage,
@@ -47,16 +48,14 @@ def test_every_parameter_is_in_one_optimizer_and_learns_after_one_step(settings)
     cfg = tiny_config(**settings)
     torch.manual_seed(0)
     model, world = GPT(cfg), World()
-    optimizers, grads = build_optimizers(model, cfg, world), Gradients(model, world)
-    grouped = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    take_step = TrainingStep(model, cfg, world)
+    memory = [range(p.data_ptr(), p.data_ptr() + 4 * p.numel()) for opt in take_step.optimizers for group in opt.param_groups for p in group["params"]]
+    for name, p in model.named_parameters():
+        assert p.numel() == 0 or sum(p.data_ptr() in span for span in memory) == 1, name
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = torch.arange(8 * cfg.train_seq_len).view(8, -1) % cfg.vocab_size  # every token occurs
-    loss = lambda a, b: training_loss(model, a, b, cfg.z_loss)
     for _ in range(3):
-        grads.compute(loss, x, x.roll(-1, 1), 2)
-        for opt in optimizers:
-            opt.step()
+        take_step(x, x.roll(-1, 1))
     for name, p in model.named_parameters():
         assert p.numel() == 0 or p.grad.abs().sum() > 0, name  # one layer has no skips
         assert p.numel() == 0 or not torch.equal(p, before[name]), name
@@ -105,53 +104,73 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
 
 
 def test_neomuon_step_is_its_definition():
-    """Two steps of one matrix, written out: momentum in sum form, Nesterov, rows to unit RMS, Newton-Schulz, sqrt(rows/columns)."""
+    """Two steps of two matrices, written out: momentum in sum form, Nesterov, rows to unit RMS, Newton-Schulz, sqrt(rows/columns)."""
     cfg = tiny_config(muon_wd=0.1)
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(12, 8))
-    expected, buffer = p.detach().clone().double(), torch.zeros(12, 8).double()
+    p = torch.nn.Parameter(torch.randn(2, 12, 8))
+    expected, buffer = p.detach().clone().double(), torch.zeros(2, 12, 8).double()
     optimizer = NeoMuon([p], cfg, World())
     for step in range(2):
-        g = torch.randn(12, 8)
+        g = torch.randn(2, 12, 8)
         p.grad = g
         apply_stage([optimizer], schedule(cfg, step * 250, 0.5))
         momentum, lr = 0.85 + 0.05 * step, 0.04
         optimizer.step()
         buffer = momentum * buffer + g.double()
-        u = g.double() + momentum * buffer
-        u = u / u.square().mean(1, keepdim=True).sqrt()
-        x = u.T / u.norm()
-        for _ in range(3):
-            s = x @ x.T
-            x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
-        expected = expected * (1 - lr * 0.1) - lr * (12 / 8) ** 0.5 * x.T
+        for i, u in enumerate(g.double() + momentum * buffer):
+            u = u / u.square().mean(1, keepdim=True).sqrt()
+            x = u.T / u.norm()
+            for _ in range(3):
+                s = x @ x.T
+                x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
+            expected[i] = expected[i] * (1 - lr * 0.1) - lr * (12 / 8) ** 0.5 * x.T
     torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sharded_muon_equals_one_process():
-    """Ranks simulated one after the other: each updates its share, the gathered result is that of one process."""
+SHARDED = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from conftest import tiny_model
+from train_gpt import TernaryLinear, TrainingStep, World
+world = World.from_env()
+settings = dict(num_layers=3, mlp_mult=1)  # nine matrices of one shape: no multiple of the processes
+model, alone = tiny_model(**settings), tiny_model(**settings)
+step, step_alone = TrainingStep(model, model.cfg, world), TrainingStep(alone, alone.cfg, World())
+for i in range(3):
+    for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+        parts = [torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + rank)) for rank in range(world.size)]
+        p.grad.copy_(parts[world.rank])
+        q.grad.copy_(sum(parts))
+    for bank in step.grads.banks:
+        world.sum_shares_(bank.grads)
+    world.sum_(step.grads.flat)
+    for s in (step, step_alone):
+        s.grads.clip(50.0)
+        for opt in s.optimizers:
+            opt.step()
+        s.publish()
+for a, b in zip(model.modules(), alone.modules()):
+    if isinstance(a, TernaryLinear):
+        assert (a.operand == b.operand).float().mean() > 0.999
+for bank in step.grads.banks:
+    bank.share_latent()
+for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+assert len(step.grads.banks) == 4 and sum(kind == "all-gather" for kind, _ in step.communication(world.size)) == 4
+print("ranks", world.size, "agree")
+world.close()
+"""
 
-    class Half(World):
-        def gather(self, x):
-            parts.append(x)
-            return torch.cat([x, x])  # the other rank's part is filled in below
 
-    torch.manual_seed(0)
-    cfg, grads = tiny_config(), [torch.randn(16, 8) for _ in range(3)]
-
-    def updated(world):
-        params = [torch.nn.Parameter(torch.zeros(16, 8)) for _ in range(3)]
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g.clone()
-        NeoMuon(params, cfg, world).step()
-        return params
-
-    parts: list[torch.Tensor] = []
-    alone = torch.stack([p.detach() for p in updated(World())])
-    for rank in (0, 1):
-        updated(Half(rank, 2))
-    torch.testing.assert_close(-cfg.matrix_lr * torch.cat(parts)[:3], alone)
-    assert not parts[1][1].any()  # 3 matrices over 2 ranks: the last place is empty
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sharded_matrices_equal_those_of_one_process(processes, tmp_path):
+    """Gradients, clipping, updates, codes and latent weights of matrices that several processes share out."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(tests=str(ROOT / "tests")))
+    done = launch({}, tmp_path, processes, argv=[str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"ranks {processes} agree") == processes
 
 
 def test_schedule_is_constant_then_linear_and_momentum_warms_up():
@@ -165,7 +184,8 @@ def test_schedule_is_constant_then_linear_and_momentum_warms_up():
 
 def test_stage_scales_every_group_from_its_base():
     cfg = tiny_config()
-    optimizers = build_optimizers(tiny_model(), cfg, World())
+    model = tiny_model()
+    optimizers = build_optimizers(model, cfg, World(), Gradients(model, World()).banks)
     apply_stage(optimizers, schedule(cfg, 0, 0.9))
     assert sorted({round(g["lr"], 6) for o in optimizers for g in o.param_groups}) == [0.01, 0.02]
 
