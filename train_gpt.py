@@ -1264,7 +1264,8 @@ class TrainingStep:
 
     def communication(self, world_size: int) -> list[tuple[str, int]]:
         """(what, bytes of the whole) of every collective of a step among `world_size` processes."""
-        return [("all-reduce", 4 * self.grads.flat.numel()), *(c for bank in self.grads.banks for c in bank.communication(world_size))]
+        banks = [part for bank in self.grads.banks for part in bank.communication(world_size)]
+        return [("all-reduce", 4 * self.grads.flat.numel()), *banks]
 
 
 def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
