@@ -1133,11 +1133,9 @@ def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
 
 def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """(what is minimized, cross entropy), both summed over the tokens."""
-    cfg, h = model.cfg, model.hidden(x, training=True)
-    if not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly" and cfg.logit_softcap <= 60:
-        e, bias = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias)
-        table = StraightThrough.apply(model.table.weight, model.table.stored(e.dtype))
-        return ChunkedPolyLoss.apply(e, table, bias, y.flatten(), cfg.logit_softcap, z_loss)
+    h = model.hidden(x, training=True)
+    if (fused := fused_loss(model, h, y, z_loss)) is not None:
+        return fused
     nats, lse = token_nats(model.logits(h), y)
     return nats.sum() + z_loss * lse.square().sum(), nats.detach().sum()
 
@@ -1411,7 +1409,7 @@ triton = None
 if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only tests import it, to run it in its interpreter
     with contextlib.suppress(ImportError):
         import triton
-        import triton.language as tl  # noqa: F401
+        import triton.language as tl
 
 jit = triton.jit if triton else lambda function: function
 
@@ -1569,6 +1567,103 @@ class ChunkedPolyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
         return *(t.mul_(g) for t in ctx.saved_tensors), None, None, None
+
+
+def fused_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor] | None:
+    """`training_loss` from the last hidden states, its gradient computed with it; None: neither kernel nor CPU code fits."""
+    cfg, kernel = model.cfg, kernels_run(h) and len(model.vocab_bias) <= 16_384  # a row of logits fits a program's registers
+    chunks = not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly"
+    if cfg.logit_softcap > 60 or not (kernel or chunks):  # both take exp(logits) as it is
+        return None
+    e, bias, weight = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias), model.table.weight
+    stored, last = model.table.stored(e.dtype), (bias, y.flatten(), cfg.logit_softcap, z_loss)
+    if kernel:
+        return FusedLoss.apply(e, weight, stored, *last, cfg.softcap_type == "poly")
+    return ChunkedPolyLoss.apply(e, StraightThrough.apply(weight, stored), *last)
+
+
+# row kernels: what is computed a row, or a head, at a time
+
+
+def num_programs(x: Tensor) -> int:
+    """Programs that share the rows of x among them: two for each of the GPU's processors."""
+    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+@jit
+def softcapped(logits, cap, POLY: tl.constexpr):  # noqa: N803
+    """SOFTCAPS in float32, and their slopes. Comparisons, not minimum and maximum: those would hide a NaN."""
+    u = logits / cap
+    if POLY:  # beyond |u| = 2 it is clipped whether u is or not: it rises everywhere
+        u2 = u * u
+        value = u * (1 + u2 * (u2 * (1 / 15) - 1 / 3))
+        slope = tl.where(tl.abs(value) < 1, 1 + u2 * (u2 * (1 / 3) - 1), 0.0)
+        value = tl.where(value > 1, 1.0, tl.where(value < -1, -1.0, value))
+    else:
+        value = 2 * tl.sigmoid(2 * u) - 1
+        slope = 1 - value * value
+    return cap * value, slope
+
+
+@jit
+def loss_kernel(logits, bias, targets, sums, dbias, rows, cap, z_loss, V: tl.constexpr, BLOCK: tl.constexpr, POLY: tl.constexpr):
+    """Each row of logits (rows, V), without bias, becomes the loss's gradient; (loss, nats) and dbias (V,) of each program."""
+    program, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    valid = column < V
+    b = tl.load(bias + column, valid, 0.0)
+    db = tl.zeros((BLOCK,), tl.float32)
+    loss, total_nats = 0.0, 0.0
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):  # the next two rows are on their way
+        cells = logits + row * V + column
+        y = tl.load(targets + row)
+        z, slope = softcapped(tl.load(cells, valid, 0.0).to(tl.float32) + b, cap, POLY)
+        p = tl.where(valid, tl.exp(z), 0.0)  # z <= cap <= 60: no maximum needs to be taken out
+        total = tl.sum(p, 0)
+        lse = tl.log(total)
+        nats = lse - tl.sum(tl.where(column == y, z, 0.0), 0)
+        g = (p * ((1 + 2 * z_loss * lse) / total) - tl.where(column == y, 1.0, 0.0)) * slope
+        tl.store(cells, g.to(logits.dtype.element_ty), valid)
+        db += g
+        loss += nats + z_loss * lse * lse
+        total_nats += nats
+    tl.store(dbias + program * V + column, db, valid)
+    tl.store(sums + 2 * program, loss)
+    tl.store(sums + 2 * program + 1, total_nats)
+
+
+def empty_gradients(e: Tensor, table: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return bias.new_empty(2), torch.empty_like(e), torch.empty_like(table, dtype=torch.float32), torch.empty_like(bias)
+
+
+@operator(empty_gradients)
+def loss_and_gradients(
+    e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float, poly: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """e (N, E), table (V, E), bias (V,), y (N,) -> (what is minimized, cross entropy), de, dtable float32, dbias."""
+    logits, programs, size = e @ table.T, num_programs(e), len(bias)
+    block = triton.next_power_of_2(size)
+    sums, dbias = bias.new_empty(programs, 2), bias.new_empty(programs, size)
+    warps = min(max(block // 512, 4), 32)
+    loss_kernel[programs,](logits, bias, y, sums, dbias, len(e), cap, z_loss, size, block, poly, num_warps=warps)
+    return sums.sum(0), logits @ table, weight_gradient(logits, e), dbias.sum(0)
+
+
+class FusedLoss(torch.autograd.Function):
+    """Output projection, softcap and loss on a GPU: the logits are read once, and their gradient takes their place."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, latent: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        """`latent` (V, E) takes the gradient of the stored table, the first of the operands of `loss_and_gradients` after e."""
+        sums, *gradients = loss_and_gradients(e, *operands)
+        ctx.save_for_backward(*gradients)
+        loss, nats = sums.unbind()
+        ctx.mark_non_differentiable(nats)
+        return loss, nats
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
+        de, dtable, dbias = (t * g for t in ctx.saved_tensors)
+        return de, dtable, None, dbias, None, None, None, None
 
 
 # ---- 9 Artifact ------------------------------------------------------------------------------------------------------

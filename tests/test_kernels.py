@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import train_gpt
+from train_gpt import SOFTCAPS, ChunkedPolyLoss, FusedLoss, fused_loss, token_nats, training_loss
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:overflow")  # of the interpreter's numpy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -17,17 +20,142 @@ def kernels(monkeypatch):
     monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
 
 
+def relative_errors(ours, theirs):
+    """The largest difference of each pair, as a share of the largest value that is expected."""
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
+
+
 def test_kernels_run_on_nothing_that_a_cpu_holds():
     assert train_gpt.triton is not None
     assert not any(train_gpt.kernels_run(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
 
 
-def test_an_operator_enters_a_compiled_graph_whole():
-    double = train_gpt.operator(torch.empty_like)(doubled)
-    x = torch.arange(3.0)
-    compiled = torch.compile(lambda x: double(x) + 1, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), 2 * x + 1) and torch.equal(double(x), 2 * x)
+# ------------------------------------------------------------------------------------------------ loss
 
 
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(2 * x.numpy())  # what a trace could not look into
+def loss_inputs(rows, size, spread, dtype=torch.float32, seed=0):
+    """e (N, E), table (V, E), bias (V,), targets (N,)."""
+    torch.manual_seed(seed)
+    e, table, bias = (torch.randn(s, device=DEVICE) * spread for s in ((rows, 24), (size, 24), (size,)))
+    return e.to(dtype), table.to(dtype), bias, torch.randint(size, (rows,), device=DEVICE)
+
+
+def fused(e, table, bias, y, cap, z_loss, kind):
+    """(loss, nats, de, dtable, dbias); the loss is multiplied by .7, as an incoming gradient does."""
+    leaves = [e.clone().requires_grad_(), table.float().requires_grad_(), bias.clone().requires_grad_()]
+    loss, nats = FusedLoss.apply(leaves[0], leaves[1], table, leaves[2], y, cap, z_loss, kind == "poly")
+    return loss, nats, *torch.autograd.grad(loss * 0.7, leaves)
+
+
+def expected(logits, y, cap, z_loss, kind):
+    nats, lse = token_nats(SOFTCAPS[kind](logits, cap), y)
+    return nats.sum() + z_loss * lse.square().sum(), nats.sum()
+
+
+def plain(e, table, bias, y, cap, z_loss, kind):
+    """The same five in float64, by autograd. In 16 bits the logits are rounded to them, as the kernel gets them."""
+    leaves = [t.double().requires_grad_() for t in (e, table, bias)]
+    exact = leaves[0] @ leaves[1].T
+    rounding = (e @ table.T).double() - exact if e.dtype != torch.float32 else torch.zeros_like(exact)
+    loss, nats = expected(exact + rounding.detach() + leaves[2], y, cap, z_loss, kind)
+    return loss, nats, *torch.autograd.grad(loss * 0.7, leaves)
+
+
+@pytest.mark.parametrize("kind", ["poly", "tanh"])
+def test_fused_loss_and_its_gradients(kind):
+    """Vocabularies that fill their block and that do not, rows that the programs share unevenly, fewer rows than programs."""
+    for rows, size, spread, cap, z_loss in ((37, 300, 0.3, 5.0, 1e-2), (3, 256, 1.0, 5.0, 0.5), (22, 65, 3.0, 10.0, 0.0)):
+        inputs = loss_inputs(rows, size, spread)
+        errors = relative_errors(fused(*inputs, cap, z_loss, kind), plain(*inputs, cap, z_loss, kind))
+        assert max(errors) < 3e-6, (rows, errors)
+
+
+def test_fused_loss_in_sixteen_bits():
+    """The loss and the bias's gradient come from float32; the two matrix products take logit gradients of 8 bits."""
+    inputs = loss_inputs(37, 300, 0.6, torch.bfloat16)
+    ours, theirs = (f(*inputs, 5.0, 1e-2, "poly") for f in (fused, plain))
+    assert [t.dtype for t in ours[2:]] == [torch.bfloat16, torch.float32, torch.float32]
+    errors = relative_errors(ours, theirs)
+    assert max(errors[0], errors[1], errors[4]) < 3e-6 and max(errors[2:4]) < 1e-2, errors
+
+
+def logit_gradient(logits, y, cap, z_loss, kind):
+    """Through the kernel: with one row's e = (1, 0, ...) and the logits as the table's first column, dtable is d(logits)."""
+    table = logits.new_zeros(len(logits), 16)
+    table[:, 0] = logits
+    e = table.new_zeros(1, 16)
+    e[0, 0] = 1
+    loss, _, _, dtable, dbias = fused(e, table, torch.zeros_like(logits), y, cap, z_loss, kind)
+    torch.testing.assert_close(dtable[:, 0], dbias)
+    return loss, dbias / 0.7
+
+
+def test_gradient_is_zero_where_the_softcap_clips():
+    """The polynomial reaches 1 at 1.6898606 caps; it is clipped beyond, and its argument beyond 2 caps."""
+    edge = 1.6898606
+    u = torch.tensor([0, 1, edge - 1e-5, edge + 1e-5, 1.9, 1.999, 2.001, 7, 1e4, 1e30, 1e-5 - edge, -1e-5 - edge, -3, -1e30], device=DEVICE)
+    for target in (0, 2, 3, 6, 9, 13):
+        y, logits = torch.tensor([target], device=DEVICE), (u.double() * 5).requires_grad_()
+        loss, g = logit_gradient(logits.detach().float(), y, 5.0, 1e-2, "poly")
+        wanted, _ = expected(logits[None], y, 5.0, 1e-2, "poly")
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(g.double(), torch.autograd.grad(wanted, logits)[0], rtol=1e-5, atol=1e-7)
+        assert torch.equal(g == 0, u.abs() > edge)
+
+
+@pytest.mark.parametrize("kind", ["poly", "tanh"])
+def test_extreme_and_broken_logits(kind):
+    """Caps to 60, logits that saturate; a NaN must reach the loss: training stops at it."""
+    inputs = loss_inputs(5, 40, 4.0)
+    for cap in (60.0, 1.0):
+        errors = relative_errors(fused(*inputs, cap, 1e-4, kind)[:2], plain(*inputs, cap, 1e-4, kind)[:2])
+        assert max(errors) < 3e-6, errors
+    inputs[0][3, 0] = torch.nan
+    assert fused(*inputs, 5.0, 1e-4, kind)[0].isnan()
+
+
+def test_fused_loss_compiles_to_one_graph():
+    inputs = loss_inputs(9, 70, 1.0)
+    leaves = [inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[1], inputs[2].clone().requires_grad_()]
+    step = torch.compile(lambda *leaves: FusedLoss.apply(*leaves, inputs[3], 5.0, 1e-2, True)[0] * 0.7, backend="aot_eager", fullgraph=True)
+    compiled = torch.autograd.grad(step(*leaves), (leaves[0], leaves[1], leaves[3]))
+    for ours, theirs in zip(compiled, fused(*inputs, 5.0, 1e-2, "poly")[2:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def chosen_loss(model):
+    h = torch.randn(1, 4, model.cfg.model_dim)
+    found = fused_loss(model, h, torch.zeros(1, 4, dtype=torch.long), 0.0)
+    return found and found[0].grad_fn.name()
+
+
+def test_which_loss_computes(monkeypatch):
+    """The kernel where it runs, chunks for a CPU's poly softcap, else neither; none for logits whose exponential overflows."""
+    monkeypatch.setattr(train_gpt, "loss_and_gradients", lambda e, table, bias, *_: (bias.new_ones(2), e, table, bias))
+    cases = [({}, ChunkedPolyLoss, FusedLoss), ({"softcap_type": "tanh"}, None, FusedLoss), ({"logit_softcap": 61}, None, None),
+             ({"softcap_type": "tanh", "vocab_size": 16385}, None, None)]  # fmt: skip
+    for settings, without, with_kernels in cases:
+        model = tiny_model(**settings)
+        for runs, function in ((False, without), (True, with_kernels)):
+            monkeypatch.setattr(train_gpt, "kernels_run", lambda _, runs=runs: runs)
+            assert chosen_loss(model) == (function and f"{function.__name__}Backward"), (settings, runs)
+
+
+# ------------------------------------------------------------------------------------------------ a whole model
+
+
+def gradients(model, x, y):
+    loss, nats = training_loss(model, x, y, 1e-2)
+    return loss, nats, *torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["poly", "tanh"])
+def test_a_model_trains_through_kernels_as_without(kind, monkeypatch):
+    model = tiny_model(softcap_type=kind, logit_softcap=2).to(DEVICE)
+    torch.manual_seed(0)
+    x = torch.randint(320, (2, 32), device=DEVICE)
+    y = x.roll(-1, 1)
+    theirs = gradients(model, x, y)
+    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
+    errors = relative_errors(gradients(model, x, y), [t.double() for t in theirs])
+    assert max(errors) < 1e-4, errors
