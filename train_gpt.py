@@ -82,12 +82,12 @@ class OptionalSettings:
     tie_embeddings: Literal[1] = 1
     attn_proj_type: Literal["standard"] = "standard"
     logit_head_type: Literal["standard"] = "standard"
-    bigram_hash: Literal[0] = 0
+    bigram_hash: bool = model_setting(False)  # a second table, for the token before
     mtp_heads: Literal[0] = 0
-    diff_attn: Literal[0] = 0
-    mlp_groups: Literal[0] = 0
-    refiner: Literal[0] = 0
-    smear: Literal[0] = 0
+    diff_attn: bool = model_setting(False)
+    mlp_groups: int = model_setting(0)  # MLPs side by side, each on its share of the channels; 0: one
+    refiner: bool = model_setting(False)
+    smear: bool = model_setting(False)
     training_depth_recurrence: int = model_setting(0)  # each block so often in a row; 0: once
     eval_depth_recurrence: int = model_setting(0)  # the same in evaluation; 0: as in training
     seq_len_start: Literal[0] = 0
@@ -98,7 +98,7 @@ class OptionalSettings:
     tversky_num_features: int = 0
     tversky_feature_pools: int = 0
     tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
-    refiner_kernel: int = 3
+    refiner_kernel: int = model_setting(3)
     seq_schedule_fraction: float = 0.0
     batch_schedule_fraction: float = 0.33
     embed_lr: float = 0.6
@@ -143,7 +143,8 @@ class Config(OptionalSettings):
     num_kv_heads: int = model_setting(4)
     mlp_mult: int = model_setting(4)
     embed_dim: int = model_setting(256)  # 0: model_dim, no projections. #640's 254 + 2: rows of 16-byte multiples for the GEMMs
-    activation: Literal["relu2", "relu", "leaky_relu"] = model_setting("relu2")  # relu -> relu2: -.024 bpb (#640, 12 layers)
+    # relu -> relu2: -.024 bpb (#640, 12 layers)
+    activation: Literal["relu2", "relu", "leaky_relu", "gelu", "swiglu"] = model_setting("relu2")
     qk_gain_init: float = 2.25
     tied_embed_init_std: float = 0.005
     logit_softcap: float = model_setting(10.0)
@@ -875,8 +876,13 @@ class Table(TableProjection):
         super().__init__(dim, vocab_size, fp_storage)
         nn.init.normal_(self.weight, std=init_std)
 
+    def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input side: (...) -> (..., E)."""
+        return StoredLookup.apply(idx, self.weight, self.stored(dtype))
 
-ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.01)}
+
+ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "swiglu": lambda x: swiglu(x),
+               "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu}
 
 
 class Attention(nn.Module):
@@ -894,20 +900,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H | K | K, C)
         q = self.rotary(rms_norm(q)) * as_stored(self.q_gain).to(x.dtype)[:, None]
-        k = self.rotary(rms_norm(k))
-        if x.is_cuda and self.flash is not None:
+        return self.out(rms_norm(self.mix(q, self.rotary(rms_norm(k)), v).flatten(2)))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
+        if q.is_cuda and self.flash is not None:
             y = self.flash(q, k, v, causal=True)
-            y = y[0] if isinstance(y, tuple) else y  # early releases return the log-sum-exp too
-        else:
-            y = attend(q, k, v)
-        return self.out(rms_norm(y.flatten(2)))
+            return y[0] if isinstance(y, tuple) else y  # early releases return the log-sum-exp too
+        return attend(q, k, v)
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, groups: int = 1) -> None:
         super().__init__()
-        self.up = TernaryLinear(cfg.model_dim, cfg.mlp_hidden, cfg)
-        self.down = TernaryLinear(cfg.mlp_hidden, cfg.model_dim, cfg, init_std=0)
+        width, hidden = cfg.model_dim // groups, cfg.mlp_hidden // groups
+        self.up = TernaryLinear(width, hidden * ACTIVATION_INPUTS.get(cfg.activation, 1), cfg)
+        self.down = TernaryLinear(hidden, width, cfg, init_std=0)
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -917,18 +925,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Mix in the embedding, then attention and MLP, each on the normalized stream and scaled per channel."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, index: int) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(cfg), MLP(cfg)
+        self.attention, self.mlp = attention_kind(cfg, index)(cfg), mlp_kind(cfg)(cfg)
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)))[: 2 * cfg.resid_mix])
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.smear = Smear(cfg) if cfg.smear else nn.Identity()
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         mix, attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = mix[0] * x + mix[1] * x0 if len(mix) else x
         x = x + attn_scale * self.attention(rms_norm(x))
-        return x + mlp_scale * self.mlp(rms_norm(x))
+        return self.smear(x + mlp_scale * self.mlp(rms_norm(x)))
 
 
 def poly_softcap(logits: Tensor, cap: float) -> Tensor:
@@ -948,19 +957,20 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         width = cfg.embed_dim or cfg.model_dim
-        self.table = Table(cfg.vocab_size, width, cfg.fp_storage, cfg.tied_embed_init_std)
+        self.table = table_kind(cfg)(cfg.vocab_size, width, cfg.fp_storage, cfg.tied_embed_init_std)
         self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.embed_out = TableProjection(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(count_skips(cfg), cfg.model_dim))
         self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.refiner = Refiner(cfg) if cfg.refiner else nn.Identity()
         self.softcap = SOFTCAPS[cfg.softcap_type]
         self.register_buffer("temperature", torch.ones(()))  # saved; divides the logits of the sliding score only
 
     def hidden(self, idx: Tensor, training: bool = False) -> Tensor:
         """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them."""
         dtype = compute_dtype(self.cfg.precision, idx.device)
-        x = x0 = rms_norm(self.embed_in(StoredLookup.apply(idx, self.table.weight, self.table.stored(dtype))))
+        x = x0 = rms_norm(self.embed_in(self.table.rows(idx, dtype)))
         skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
         for block, skip, pushes in block_order(self.cfg, training):
             if skip is not None:
@@ -968,7 +978,7 @@ class GPT(nn.Module):
             x = self.blocks[block](x, x0)
             if pushes:
                 skips.append(x)
-        return rms_norm(x)
+        return self.refiner(rms_norm(x))
 
     def logits(self, h: Tensor) -> Tensor:
         """Softcapped logits, float32: (..., D) -> (..., V)."""
@@ -1386,7 +1396,7 @@ def keep_freed_memory() -> None:
 def flash_attention_3(cfg: Config) -> Callable | None:
     """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    fits = cfg.precision != "fp32" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 256
+    fits = cfg.precision != "fp32" and (cfg.head_dim >> cfg.diff_attn) % 8 == 0 and cfg.head_dim <= 256
     return flash_attn_func if hopper and fits else None
 
 
@@ -2250,6 +2260,11 @@ def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     for name in ("training_depth_recurrence", "eval_depth_recurrence"):
         need(0 <= getattr(cfg, name) <= 16, name, "0 to 16")
     need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
+    need(not cfg.refiner or 2 <= cfg.refiner_kernel <= 64, "refiner_kernel", "2 to 64 with REFINER=1")
+    need(0 <= cfg.mlp_groups <= 256, "mlp_groups", "0 to 256")
+    width, group = math.gcd(cfg.model_dim, cfg.mlp_hidden), cfg.bitnet_group_size if cfg.scale_group == "group" else 1
+    expected = f"a divisor of {width} (MODEL_DIM and the MLP's width) that leaves multiples of BITNET_GROUP_SIZE={group}"
+    need(not cfg.mlp_groups or width % (cfg.mlp_groups * group) == 0, "mlp_groups", expected)
 
 
 def stored_settings(cfg: Config) -> dict[str, str]:
@@ -2277,6 +2292,97 @@ def block_order(cfg: Config, training: bool) -> list[BlockPass]:
     repeats = (not training and cfg.eval_depth_recurrence) or max(1, cfg.training_depth_recurrence)
     n, passes = count_skips(cfg), itertools.product(range(cfg.num_layers), range(repeats))
     return [BlockPass(i, i - n if r == 0 and n <= i < 2 * n else None, r == repeats - 1 and i < n) for i, r in passes]
+
+
+# #640's switches in the model. Its script trained some of them in bfloat16, or not at all, or stored other weights than it had
+# trained; here each is a module whose parameters have a role, so that all of them are trained and stored like the others.
+
+ACTIVATION_INPUTS = {"swiglu": 2}  # channels that an activation reads for one that it writes
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """arXiv:2002.05202; the first half of the channels is the gate."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def mlp_kind(cfg: Config) -> type[nn.Module]:
+    return GroupedMLP if cfg.mlp_groups else MLP
+
+
+class GroupedMLP(nn.Module):
+    """Independent MLPs, each on its share of the channels: a block-diagonal MLP with 1/groups of the weights."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(MLP(cfg, cfg.mlp_groups) for _ in range(cfg.mlp_groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.chunk(len(self.groups), dim=-1)
+        return torch.cat([mlp(part) for mlp, part in zip(self.groups, parts, strict=True)], dim=-1)
+
+
+def attention_kind(cfg: Config, index: int) -> type[Attention]:  # noqa: ARG001
+    return DifferentialAttention if cfg.diff_attn else Attention
+
+
+class DifferentialAttention(Attention):
+    """#640's: two attentions on halves of every head, their difference and their sum side by side. Not the published
+    Differential Transformer, which learns lambda and normalizes (arXiv:2410.05258)."""
+
+    LAMBDA = 0.5
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        halves = zip(*(t.chunk(2, dim=-1) for t in (q, k, v)), strict=True)
+        a, b = (super(DifferentialAttention, self).mix(*half) for half in halves)
+        return torch.cat((a - self.LAMBDA * b, a + self.LAMBDA * b), dim=-1)
+
+
+def table_kind(cfg: Config) -> type[Table]:
+    return BigramTable if cfg.bigram_hash else Table
+
+
+class BigramTable(Table):
+    """A second table (V, E) for the token before, added to the row of the token itself (BIGRAM_HASH: nothing is hashed)."""
+
+    def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
+        super().__init__(vocab_size, dim, fp_storage, init_std)
+        self.previous = Table(vocab_size, dim, fp_storage, 0.0)
+
+    def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        before = F.pad(idx[:, :-1], (1, 0))  # token 0 stands before the window
+        return super().rows(idx, dtype) + self.previous.rows(before, dtype)
+
+
+class Smear(nn.Module):
+    """x + tanh(gate) * (mean of all positions up to this one - x), a gate a channel; sums in float32."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
+        mean = (x.float().cumsum(1) / count).to(x.dtype)
+        return x + as_stored(self.gate).tanh().to(x.dtype) * (mean - x)
+
+
+class Refiner(nn.Module):
+    """x + tanh(gate) * rms_norm(causal convolution over the last `refiner_kernel` positions), all channels by all channels.
+
+    The convolution is one ternary matrix (D, kernel * D) on shifted copies of x, the oldest first.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.kernel = cfg.refiner_kernel
+        self.conv = TernaryLinear(self.kernel * cfg.model_dim, cfg.model_dim, cfg)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, self.kernel - 1, 0))
+        shifted = torch.cat([padded[:, i : i + x.size(1)] for i in range(self.kernel)], dim=-1)
+        return x + as_stored(self.gate).tanh().to(x.dtype) * rms_norm(self.conv(shifted))
 
 
 # ---- 14 Main ---------------------------------------------------------------------------------------------------------
