@@ -90,23 +90,51 @@ class OptionalSettings:
     smear: bool = model_setting(False)
     training_depth_recurrence: int = model_setting(0)  # each block so often in a row; 0: once
     eval_depth_recurrence: int = model_setting(0)  # the same in evaluation; 0: as in training
-    seq_len_start: Literal[0] = 0
-    batch_tokens_start: Literal[0] = 0
     untie_at_fraction: float = 0.0
-    churn_log_every: Literal[0] = 0
+    churn_log_every: int = 0  # steps between two lines with the share of ternary codes that changed
     # companions of those switches: read with #640's command, without effect while the switch is off
     tversky_num_features: int = 0
     tversky_feature_pools: int = 0
     tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
     refiner_kernel: int = model_setting(3)
-    seq_schedule_fraction: float = 0.0
-    batch_schedule_fraction: float = 0.33
     embed_lr: float = 0.6
     head_lr: float = 0.02
     corr_weight_lr: float = 0.02
     # parts of the published design that can be switched off
     unet: bool = model_setting(True)
     resid_mix: bool = model_setting(True)
+
+    # schedules: shorter sequences and smaller batches at first (0: off), learning rates
+    seq_len_start: int = 0  # #640: until SEQ_SCHEDULE_FRACTION of the budget
+    seq_schedule_fraction: float = 0.0
+    batch_tokens_start: int = 0  # #640: until BATCH_SCHEDULE_FRACTION of the budget
+    batch_schedule_fraction: float = 0.33
+    seq_ramp_start: int = 0  # #367: doubles, evenly over SEQ_RAMP_FRAC of the budget
+    seq_ramp_frac: float = 0.25
+    batch_ramp_start: int = 0  # #367: the same for the tokens of a step
+    batch_ramp_frac: float = 0.2
+    seq_warmup_start: int = 0  # #126 (there SEQ_LEN_START): doubles, evenly over SEQ_WARMUP_STEPS
+    seq_warmup_steps: int = 2000
+    lr_warmup_steps: int = 0
+    warmdown_iters: int = 0  # #139: the warmdown in steps of the pace so far, in place of WARMDOWN_FRACTION
+    warmdown_shape: Literal["linear", "cosine"] = "linear"
+    min_lr_ratio: float = 0.0  # of every learning rate, at the end of the warmdown
+
+    # optimizers
+    muon_wd: float = 0.0
+    adam_lr: float = 0.05  # with adam_wd: only for MATRIX_OPTIMIZER=adamw
+    adam_wd: float = 0.05
+    grad_clip_norm: float = 0.0  # 0: off
+    normuon_beta2: float = 0.95
+    fro_alpha: float = 0.1  # with fro_gamma as in #435's first version; its stable form has .12 and .66
+    fro_gamma: float = 0.8
+    fro_beta2: float = 0.999
+    fro_warmup_steps: int = 10  # fro_stable only
+
+    # weight averaging (#641): the average is what is exported
+    ema: bool = False
+    ema_decay: float = 0.995
+    ema_start_fraction: float = 0.5
 
 
 # ---- 1 Config --------------------------------------------------------------------------------------------------------
@@ -127,7 +155,7 @@ class Config(OptionalSettings):
     tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
     artifact_path: str = "final_model.ternary.ptz"
     eval_only: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU
     compile_mode: Literal["default", "none", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
     # budget: whichever of the two ends first drives the schedule
@@ -166,7 +194,8 @@ class Config(OptionalSettings):
     micro_batch_tokens: int = 65_536  # largest forward pass of one process, in training and in evaluation
 
     # optimizer
-    matrix_optimizer: Literal["neomuon", "muon", "muon_plain", "adamw"] = "neomuon"  # muon is #640's name for neomuon
+    # muon is #640's name for neomuon
+    matrix_optimizer: Literal["neomuon", "muon", "muon_plain", "normuon", "normuon126", "adamw", "fro", "fro_stable"] = "neomuon"
     matrix_lr: float = 0.04
     scalar_lr: float = 0.02
     tied_embed_lr: float = 0.02
@@ -174,13 +203,9 @@ class Config(OptionalSettings):
     muon_momentum_warmup_start: float = 0.85
     muon_momentum_warmup_steps: int = 500
     muon_backend_steps: int = 3  # Newton-Schulz; 3 = 5 in loss at 600 s, 5.7 ms a step faster (#640)
-    muon_wd: float = 0.0
-    adam_lr: float = 0.05  # with adam_wd: only for MATRIX_OPTIMIZER=adamw
-    adam_wd: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip_norm: float = 0.0  # 0: off
     warmdown_fraction: float = 0.2  # the last part of the budget, in which every learning rate falls linearly to 0
     z_loss: float = 1e-4  # training only; a reported loss never holds it
 
@@ -287,6 +312,7 @@ def check_config(cfg: Config) -> None:
     need(cfg.eval_only or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
     need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most {window}")
     need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least {window}")
+    check_training_options(cfg, need)
 
 
 # ---- 2 Runtime -------------------------------------------------------------------------------------------------------
@@ -432,8 +458,9 @@ class Log:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+        recent = device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # before: bfloat16 is emulated
+        precision = "fp32" if device.type != "cuda" else "bf16" if recent else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -1031,17 +1058,23 @@ def zero_fraction(model: nn.Module) -> float:
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each of (n, rows, columns), roughly: Newton-Schulz with Muon's quintic.
 
-    Singular values come out between 0.7 and 1.2 after 5 steps; bfloat16 on a GPU.
+    Singular values come out between 0.7 and 1.2 after 5 steps; 16 bits on a GPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if g.is_cuda else g
-    wide = x.size(-2) <= x.size(-1)
-    x = x if wide else x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = g.size(-2) <= g.size(-1)
+    x = g if wide else g.mT
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(compute_dtype("auto", g.device))
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
     return x if wide else x.mT
+
+
+def nesterov(g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """Momentum as a sum of gradients, seen one step ahead."""
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(g)
+    return g.add(state["momentum"].mul_(momentum).add_(g), alpha=momentum)
 
 
 class NeoMuon(torch.optim.Optimizer):
@@ -1052,7 +1085,7 @@ class NeoMuon(torch.optim.Optimizer):
 
     def __init__(self, shards: list[nn.Parameter], cfg: Config, world: World) -> None:
         super().__init__(shards, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
-        self._row_norm, self._weight_decay = cfg.matrix_optimizer != "muon_plain", cfg.muon_wd
+        self.cfg, self._rule = cfg, MATRIX_UPDATES.get(cfg.matrix_optimizer)
         self._orthogonalize, self._steps = compiled(orthogonalize, cfg, world), cfg.muon_backend_steps
 
     @torch.no_grad()
@@ -1060,20 +1093,20 @@ class NeoMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 update = self._update(p.grad, self.state[p], group["momentum"])
-                if self._weight_decay:
-                    p.mul_(1 - group["lr"] * self._weight_decay)
+                if self.cfg.muon_wd:
+                    p.mul_(1 - group["lr"] * self.cfg.muon_wd)
                 p.add_(update, alpha=-group["lr"])
 
     def _update(self, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
         """(n, rows, columns) gradients -> updates; `state` holds their momentum."""
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(g)
-        buffer = state["momentum"]
-        buffer.mul_(momentum).add_(g)
-        u = g.add(buffer, alpha=momentum)
-        if self._row_norm:
-            u = u * u.square().mean(-1, keepdim=True).add_(1e-20).rsqrt_()  # a row without gradient stays 0
-        return self._orthogonalize(u, self._steps).to(g.dtype) * max(1, g.size(-2) / g.size(-1)) ** 0.5
+        if self._rule:
+            return self._rule(self, g, state, momentum)
+        u = nesterov(g, state, momentum)
+        # a row without gradient stays 0
+        return self.orthogonal(u * u.square().mean(-1, keepdim=True).add_(1e-20).rsqrt_())
+
+    def orthogonal(self, u: Tensor) -> Tensor:
+        return self._orthogonalize(u, self._steps).to(u.dtype) * max(1, u.size(-2) / u.size(-1)) ** 0.5
 
 
 def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Bank]) -> list[torch.optim.Optimizer]:
@@ -1100,13 +1133,16 @@ class Stage(NamedTuple):
 
     lr_scale: float
     momentum: float
+    seq_len: int
+    batch_tokens: int
 
 
 def schedule(cfg: Config, step: int, progress: float) -> Stage:
     """Constant learning rates, then linear to 0 over the last warmdown_fraction of the budget; momentum warms up by steps."""
-    lr_scale = min(1.0, max(0.0, 1 - progress) / cfg.warmdown_fraction) if cfg.warmdown_fraction else 1.0
+    left = min(1.0, max(0.0, 1 - progress) / cfg.warmdown_fraction) if cfg.warmdown_fraction else 1.0
     warm = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return Stage(lr_scale, (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum)
+    momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+    return Stage(shaped_rate(cfg, step, progress, left), momentum, *step_shape(cfg, step, progress))
 
 
 def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
@@ -1120,22 +1156,24 @@ def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
 # Batches in, a trained model and the figures of the run out. One flat loop; one progress for clock and step limits.
 
 
-def batch_layout(cfg: Config, world_size: int) -> tuple[int, int]:
+def batch_layout(cfg: Config, world_size: int, shape: tuple[int, int] | None = None) -> tuple[int, int]:
     """(micro-batches, sequences a micro-batch) of one process: the fewest that fit MICRO_BATCH_TOKENS and divide evenly.
+    `shape`: (seq_len, batch_tokens) where a schedule sets others than the config.
 
     A step has at least two over all processes. One process then adds the same two gradients as two processes do, so that
     their runs agree to the last bit on a CPU; with another order of summation, rounding moves codes over the thresholds of
     `ternarize`, and the losses part by 0.006 within 20 steps (RESULTS.md R004).
     """
-    sequences = cfg.train_batch_tokens // cfg.train_seq_len
+    seq_len, batch_tokens = shape or (cfg.train_seq_len, cfg.train_batch_tokens)
+    sequences = batch_tokens // seq_len
     if sequences % world_size:
         divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
         nearest = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:2])
         raise UserError(
             f"WORLD_SIZE={world_size} must divide the {sequences} sequences of a step (TRAIN_BATCH_TOKENS="
-            f"{cfg.train_batch_tokens} / TRAIN_SEQ_LEN={cfg.train_seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
+            f"{batch_tokens} / TRAIN_SEQ_LEN={seq_len}); nearest valid: {' and '.join(map(str, nearest))}"
         )
-    share, largest = sequences // world_size, max(1, cfg.micro_batch_tokens // cfg.train_seq_len)
+    share, largest = sequences // world_size, max(1, cfg.micro_batch_tokens // seq_len)
     largest = min(largest, share, max(1, sequences // 2))
     micro = max(n for n in range(1, largest + 1) if share % n == 0)
     return share // micro, micro
@@ -1154,7 +1192,7 @@ class Gradients:
     """All gradients in buffers made once: the matrices' in their banks, the others', and the loss, in a flat one."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
-        self._world, self.banks = world, Bank.build(model, model.cfg, world)
+        self._world, self.banks, self.scale = world, Bank.build(model, model.cfg, world), 1.0  # scale: see LossScaler
         others = [p for p in model.parameters() if p.grad is None]
         self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=world.device)
         self.loss = self.flat[-1]
@@ -1168,7 +1206,7 @@ class Gradients:
         tokens = x.numel() * self._world.size
         for micro_x, micro_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
             loss, nats = loss_function(micro_x, micro_y)
-            (loss / tokens).backward()
+            (loss / (tokens / self.scale)).backward()
             self.loss += nats / tokens
         for bank in self.banks:
             self._world.sum_shares_(bank.grads)
@@ -1176,12 +1214,6 @@ class Gradients:
 
     def _buffers(self) -> list[Tensor]:
         return [self.flat, *(bank.grads for bank in self.banks)]
-
-    def clip(self, max_norm: float) -> None:
-        shards = [bank.shard.grad for bank in self.banks]
-        squares = self._world.sum_(sum(g.square().sum() for g in shards)) + self.flat[:-1].square().sum()
-        for g in (self.flat[:-1], *shards):
-            g *= (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
 
 
 CALIBRATION_TOKENS = 65_536
@@ -1212,27 +1244,25 @@ def calibration_sequences(cfg: Config, world: World) -> int:
     return max(1, wanted // world.size) * world.size
 
 
-def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep, optimizers: list) -> float:
+def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> float:
     """Compile every shape of the loop on random tokens, before the clock starts; weights and optimizers are restored.
 
     Returns the seconds that the temperature takes, which the loop leaves free at its end.
     """
     cfg = model.cfg
     weights = [p.detach().clone() for p in model.parameters()]
-    sequences = cfg.train_batch_tokens // cfg.train_seq_len // world.size
-    x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=world.device)
-    for step in range(cfg.warmup_steps):
+    runs = [shape for shape in step_shapes(cfg) for _ in range(cfg.warmup_steps)]
+    for i, (seq_len, tokens) in enumerate(runs):
+        x = torch.randint(cfg.vocab_size, (tokens // seq_len // world.size, seq_len), device=world.device)
         take_step(x, x)
-        log(f"warmup:{step + 1}/{cfg.warmup_steps}")
+        log(f"warmup:{i + 1}/{len(runs)}")
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
-    take_step.publish()
-    for opt in optimizers:
-        opt.state.clear()
+    take_step.restart()
     if not cfg.temp_scaling:
         return 0.0
-    x = x[:1].repeat(calibration_sequences(cfg, world) // world.size, 1)
+    x = torch.randint(cfg.vocab_size, (calibration_sequences(cfg, world) // world.size, cfg.train_seq_len), device=world.device)
     for _ in range(2):  # the first call also loads kernels
         clock = Clock(world)
         calibrate_temperature(model, x, x, world)
@@ -1246,19 +1276,27 @@ class TrainingStep:
     """
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
-        self.cfg, self.model, (self.micro_batches, _) = cfg, model, batch_layout(cfg, world.size)
+        self.cfg, self.model, self.world = cfg, model, world
         self.grads = Gradients(model, world)
         self.optimizers = build_optimizers(model, cfg, world, self.grads.banks)
         self.loss_function = compiled(training_loss, cfg, world)
         banked = {layer for bank in self.grads.banks for layer in bank.modules}
         self.others = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in banked]
+        self.restart()
+
+    def restart(self) -> None:
+        """As if no step had been taken, with the weights as they are."""
+        self.scaler = loss_scaler(self.cfg, self.grads, self.world)
+        for opt in self.optimizers:
+            opt.state.clear()
         self.publish()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """x, y: this process's sequences of the step, (sequences, T) each."""
-        self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, self.micro_batches)
-        if self.cfg.grad_clip_norm:
-            self.grads.clip(self.cfg.grad_clip_norm)
+        micro_batches, _ = batch_layout(self.cfg, self.world.size, (x.size(1), x.numel() * self.world.size))
+        self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, micro_batches)
+        if not usable_gradients(self):
+            return
         for opt in self.optimizers:
             opt.step()
         self.publish()
@@ -1284,17 +1322,15 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
 
 def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     cfg, grads, optimizers = model.cfg, take_step.grads, take_step.optimizers
-    sequences = cfg.train_batch_tokens // cfg.train_seq_len
     batches = Batches(TokenStream(cfg, "train"), world)
-    reserve_s = warm_up(model, world, log, take_step, optimizers)
+    reserve_s = warm_up(model, world, log, take_step)
     budget_s = cfg.max_wallclock_seconds - reserve_s if cfg.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         wanted = f"0 (no cap), or more than the {reserve_s:.2f} s that TEMP_SCALING takes"
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
-    losses: list[float] = []
-    pending, epoch = None, 1
-    clock = Clock(world)
+    losses, pending, epoch = [], None, 1
+    extras, clock = Extras(model, take_step, log), Clock(world)
     for step in itertools.count():
         # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
         progress = world.agree(max(clock.elapsed() / budget_s, step / cfg.iterations))
@@ -1307,8 +1343,10 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         if batches.epoch > epoch:
             epoch = batches.epoch
             log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
-        apply_stage(optimizers, schedule(cfg, step, progress))
-        take_step(*batches.next(sequences, cfg.train_seq_len))
+        stage = schedule(cfg, step, progress)
+        apply_stage(optimizers, stage)
+        take_step(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
+        extras.after_step(step, progress)
         # the loss of the step before is on the host by now: waiting for it keeps the GPU's queue at one step
         pending, finished = Reading(grads.loss), pending
         if finished:
@@ -1316,6 +1354,8 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             report_step(cfg, log, losses, clock.elapsed(), progress)
     losses.append(pending.get())
     report_step(cfg, log, losses, clock.elapsed(), progress)
+    extras.finish()
+    tokens = batches.state()["position"]
     if cfg.temp_scaling:
         x, y = batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
         model.temperature.fill_(calibrate_temperature(model, x, y, world))
@@ -1325,7 +1365,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     for bank in grads.banks:
         bank.share_latent()
     check_replicas(model, world)
-    return {"steps": step, "tokens": step * cfg.train_batch_tokens, "train_time_s": train_time_s,
+    return {"steps": step, "tokens": tokens, "train_time_s": train_time_s,
             "ms_per_step": 1000 * train_time_s / step, "first_losses": losses[:20]}
 
 
@@ -2254,6 +2294,258 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
 # ---- 13 Optional systems (option) ------------------------------------------------------------------------------------
 # Other systems of the field, off in the default run: nothing above reads them then.
 
+# Updates of matrices, by MATRIX_OPTIMIZER: (optimizer, gradients (n, rows, columns), their state, momentum) -> what is
+# subtracted after multiplication with the learning rate. Every tensor of the state has n first.
+
+
+def muon_plain(opt: NeoMuon, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """Muon as first published."""
+    return opt.orthogonal(nesterov(g, state, momentum))
+
+
+def normuon(opt: NeoMuon, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """NorMuon (arXiv:2510.05491, in the form of #78): each row of Muon's update divided by the root of the running mean of
+    its square, then the whole brought back to the norm it had."""
+    if not state:
+        state |= {"momentum": torch.zeros_like(g), "square": torch.zeros_like(g[..., :1])}
+    u = opt.orthogonal(g.lerp(state["momentum"].lerp_(g, 1 - momentum), momentum))
+    square = state["square"].lerp_(u.square().mean(-1, keepdim=True), 1 - opt.cfg.normuon_beta2)
+    scaled = u / (square.sqrt() + 1e-10)
+    norm, scaled_norm = (t.norm(dim=(-2, -1), keepdim=True) for t in (u, scaled))
+    return scaled * (norm / scaled_norm.clamp_min(1e-10))
+
+
+def normuon126(opt: NeoMuon, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """What #126 calls NorMuon: rows of unit root mean square after Newton-Schulz, no rescaling. At the same learning rate an
+    element moves sqrt(columns) times as far as under Muon: 25 times at its width of 640."""
+    u = opt.orthogonal(nesterov(g, state, momentum))
+    return u / u.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-8)
+
+
+FRO_RATES = (0.1, 0.01, 0.001)
+
+
+def fro_resonance(g: Tensor, m: Tensor, agreement: Tensor, least: float) -> Tensor:
+    """#435's measure of how steadily gradient and momentum point the same way: (n, 1, 1) in [least, 1].
+
+    rho is their cosine; for each of three rates its running mean, squared, is divided by its running mean square (both in
+    `agreement`, (n, 3, 2)); the geometric mean of the three quotients.
+    """
+    rho = (g * m).sum((-2, -1)) / (g.norm(dim=(-2, -1)) * m.norm(dim=(-2, -1)) + 1e-8)
+    agreement.lerp_(torch.stack((rho, rho.square()), -1)[:, None], agreement.new_tensor(FRO_RATES)[:, None])
+    mean, square = agreement.unbind(-1)
+    quotient = (mean.square() / (square + 1e-8)).clamp(least, 1)
+    return (quotient + 1e-8).log().mean(-1).exp().clamp(least, 1)[:, None, None]
+
+
+def half_unit_rms(u: Tensor, dim: int) -> Tensor:
+    """Midway between u and u with unit root mean square along `dim`."""
+    return 0.5 * u + 0.5 * u * (u.square().mean(dim, keepdim=True) + 1e-8).rsqrt()
+
+
+def fro(opt: NeoMuon, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:  # noqa: ARG001
+    """#435's optimizer and its stable form: Adam with one second moment a row (uncorrected, as published), slowed down where
+    gradients disagree. BETA1 is its momentum. Matrices only: tables and controls stay under Adam."""
+    cfg, stable = opt.cfg, opt.cfg.matrix_optimizer == "fro_stable"
+    if not state:
+        state |= {"momentum": torch.zeros_like(g), "square": torch.zeros_like(g[..., :1]), "step": torch.zeros_like(g[:, :1, :1]),
+                  "agreement": g.new_zeros(len(g), len(FRO_RATES), 2)}
+    step, m = state["step"].add_(1), state["momentum"].lerp_(g, 1 - cfg.beta1)
+    resonance = fro_resonance(g, m, state["agreement"], 0.05 if stable else 0.0)
+    u = m / (state["square"].lerp_(g.square().mean(-1, keepdim=True), 1 - cfg.fro_beta2).sqrt() + 1e-8)
+    if stable:
+        warm = (step / max(1, cfg.fro_warmup_steps)).clamp_max(1)
+        resonance = 1 - warm + warm * resonance
+        u = half_unit_rms(half_unit_rms(u, -1), -2)
+    return u * (cfg.fro_alpha + (1 - cfg.fro_alpha) * cfg.fro_gamma * resonance) / (1 - cfg.beta1**step)
+
+
+MATRIX_UPDATES = {"muon_plain": muon_plain, "normuon": normuon, "normuon126": normuon126, "fro": fro, "fro_stable": fro}
+
+
+# Schedules: pure functions of step and progress.
+
+
+def shaped_rate(cfg: Config, step: int, progress: float, left: float) -> float:
+    """The learning rates' factor. `left`: the share of the warmdown still to come, 1 before it."""
+    if cfg.warmdown_iters:
+        # #139: as many steps as the clock or ITERATIONS allows at the pace so far
+        steps = min(cfg.iterations, step / progress) if step and progress else cfg.iterations
+        left = min(1.0, max(0.0, steps - step) / cfg.warmdown_iters)
+    if cfg.warmdown_shape == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    warm = min(1.0, (step + 1) / cfg.lr_warmup_steps) if cfg.lr_warmup_steps else 1.0
+    return warm * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+def ramp(start: int, full: int, p: float) -> int:
+    """From start (p = 0) to full (p = 1) by doublings, evenly spread: 2^round(log2 of the geometric interpolation)."""
+    return full >> round(math.log2(full / start) * (1 - min(1.0, p)))
+
+
+def step_shape(cfg: Config, step: int, progress: float) -> tuple[int, int]:
+    """(seq_len, batch_tokens) of a step."""
+    seq_len, tokens = cfg.train_seq_len, cfg.train_batch_tokens
+    if cfg.seq_len_start and progress < cfg.seq_schedule_fraction:
+        seq_len = cfg.seq_len_start
+    elif cfg.seq_ramp_start:
+        seq_len = ramp(cfg.seq_ramp_start, seq_len, progress / cfg.seq_ramp_frac)
+    elif cfg.seq_warmup_start:
+        seq_len = ramp(cfg.seq_warmup_start, seq_len, step / cfg.seq_warmup_steps)
+    if cfg.batch_tokens_start and progress < cfg.batch_schedule_fraction:
+        tokens = cfg.batch_tokens_start
+    elif cfg.batch_ramp_start:
+        tokens = ramp(cfg.batch_ramp_start, tokens, progress / cfg.batch_ramp_frac)
+    return seq_len, tokens
+
+
+def step_shapes(cfg: Config) -> list[tuple[int, int]]:
+    """Every (seq_len, batch_tokens) that `step_shape` can ask for, and perhaps some that it does not; the largest first."""
+
+    def values(full: int, jump: int, start: int) -> list[int]:
+        doublings = [full >> k for k in range((full // start).bit_length())] if start else []
+        return sorted({full, jump or full, *doublings}, reverse=True)
+
+    seq_lens = values(cfg.train_seq_len, cfg.seq_len_start, cfg.seq_ramp_start or cfg.seq_warmup_start)
+    return list(itertools.product(seq_lens, values(cfg.train_batch_tokens, cfg.batch_tokens_start, cfg.batch_ramp_start)))
+
+
+def check_training_options(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
+    """Ranges and combinations of the settings above."""
+    for name in "ema_decay normuon_beta2 fro_beta2 ema_start_fraction".split():
+        need(0 <= getattr(cfg, name) < 1, name, "a number in [0, 1)")
+    for name in "min_lr_ratio fro_alpha seq_schedule_fraction batch_schedule_fraction".split():
+        need(0 <= getattr(cfg, name) <= 1, name, "a number in [0, 1]")
+    for name in "seq_ramp_frac batch_ramp_frac".split():
+        need(0 < getattr(cfg, name) <= 1, name, "a number in (0, 1]")
+    for name in "lr_warmup_steps warmdown_iters churn_log_every fro_gamma fro_warmup_steps".split():
+        need(getattr(cfg, name) >= 0, name, "0 or more")
+    need(cfg.seq_warmup_steps >= 1, "seq_warmup_steps", "at least 1")
+    for starts in ("seq_len_start seq_ramp_start seq_warmup_start", "batch_tokens_start batch_ramp_start"):
+        used = [name for name in starts.split() if getattr(cfg, name)]
+        need(len(used) < 2, used[-1] if used else "", f"0 beside {used[0].upper() if used else ''}: one schedule at a time")
+        if used and not cfg.eval_only:
+            check_start(cfg, used[0], need)
+    for fraction, start in (("seq_schedule_fraction", "seq_len_start"), ("batch_schedule_fraction", "batch_tokens_start")):
+        used = getattr(cfg, start)
+        need(not used or getattr(cfg, fraction) > 0, fraction, f"above 0 with {start.upper()}={used}")
+
+
+def check_start(cfg: Config, name: str, need: Callable[[bool, str, str], None]) -> None:
+    """A schedule's first value must tile what follows, and a ramp must reach it by doublings."""
+    start, of_batch = getattr(cfg, name), name.startswith("batch")
+    full = cfg.train_batch_tokens if of_batch else cfg.train_seq_len
+    limit = f"TRAIN_BATCH_TOKENS={full}" if of_batch else f"TRAIN_SEQ_LEN={full}"
+    if name in ("seq_len_start", "batch_tokens_start"):
+        need(0 < start <= full, name, f"at most {limit}")
+        need(full % start == 0 or of_batch, name, f"a divisor of {limit}")
+    else:
+        doublings = (full // start).bit_length() - 1 if start > 0 else -1
+        need(doublings >= 0 and start << doublings == full, name, f"{limit} divided by a power of two")
+    need(start % cfg.train_seq_len == 0 or not of_batch, name, f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}")
+
+
+def check_layouts(cfg: Config, world_size: int) -> None:
+    """UserError unless the processes divide every batch of the schedule."""
+    for shape in step_shapes(cfg):
+        batch_layout(cfg, world_size, shape)
+
+
+# Between gradients and optimizers. Float16 needs its loss scaled: gradients of activations would underflow.
+
+
+def usable_gradients(step: TrainingStep) -> bool:
+    """Unscale and clip them as the settings ask; False, on every process, for a step that must be skipped."""
+    if step.scaler and not step.scaler.unscale():
+        return False
+    if step.cfg.grad_clip_norm:
+        clip_gradients(step.grads, step.world, step.cfg.grad_clip_norm)
+    return True
+
+
+def clip_gradients(grads: Gradients, world: World, max_norm: float) -> None:
+    """Scale all gradients down to a common norm of at most `max_norm`."""
+    shards = [bank.shard.grad for bank in grads.banks]
+    squares = world.sum_(sum(g.square().sum() for g in shards)) + grads.flat[:-1].square().sum()
+    for g in (grads.flat[:-1], *shards):
+        g *= (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
+
+
+class LossScaler:
+    """Dynamic loss scale (arXiv:1710.03740): doubled after 2,000 good steps; halved where a gradient is not finite, and the
+    step is skipped on every process. torch.amp.GradScaler decides for each optimizer and process on its own."""
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, grads: Gradients, world: World) -> None:
+        self._grads, self._world, self.good_steps = grads, world, 0
+        grads.scale = 2.0**16
+
+    def unscale(self) -> bool:
+        """Divide the step's gradients by the scale; False, on all processes, if one of them is not finite."""
+        own = [self._grads.flat[:-1], *(bank.shard.grad for bank in self._grads.banks)]
+        finite = not self._world.sum_(sum((~g.isfinite()).sum() for g in own)).item()
+        for g in own:
+            g.div_(self._grads.scale)
+        self.good_steps = (self.good_steps + 1) % self.GROWTH_STEPS if finite else 0
+        self._grads.scale *= 0.5 if not finite else 2.0 if self.good_steps == 0 else 1.0
+        if self._grads.scale < 1:
+            raise UserError("PRECISION=fp16: gradients overflow without any loss scale; expected a precision with more range")
+        return finite
+
+
+def loss_scaler(cfg: Config, grads: Gradients, world: World) -> LossScaler | None:
+    return LossScaler(grads, world) if compute_dtype(cfg.precision, world.device) == torch.float16 else None
+
+
+# Beside the steps.
+
+
+class Extras:
+    """What a run does after its steps when asked to: CHURN_LOG_EVERY, EMA, and float16's loss scale in the log.
+
+    EMA (#641): from EMA_START_FRACTION of the budget on, a running average of the latent weights, each process of those it
+    updates. It replaces them at the end and is quantized as they would be: codes and scales of its own.
+    """
+
+    def __init__(self, model: GPT, take_step: TrainingStep, log: Log) -> None:
+        self._cfg, self._model, self._step, self._log = model.cfg, model, take_step, log
+        self._params = [p for opt in take_step.optimizers for group in opt.param_groups for p in group["params"]]
+        self._shadow: list[Tensor] = []
+        self._scale = take_step.grads.scale
+        self._codes = self._ternary_codes() if self._cfg.churn_log_every else []
+
+    @torch.no_grad()
+    def after_step(self, step: int, progress: float) -> None:
+        cfg = self._cfg
+        if cfg.ema and progress >= cfg.ema_start_fraction:
+            if self._shadow:
+                torch._foreach_lerp_(self._shadow, self._params, 1 - cfg.ema_decay)
+            else:
+                self._shadow = [p.detach().clone() for p in self._params]
+        if cfg.churn_log_every and (step + 1) % cfg.churn_log_every == 0:
+            self._log(self._churn_line(step + 1))
+        if self._step.grads.scale != self._scale:
+            self._scale = self._step.grads.scale
+            self._log(f"loss_scale:{self._scale:.0f} step:{step + 1}/{cfg.iterations}")
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self._shadow:
+            torch._foreach_copy_(self._params, self._shadow)
+            self._step.publish()
+
+    def _ternary_codes(self) -> list[Tensor]:
+        matrices = [m for m in self._model.modules() if isinstance(m, TernaryLinear)]
+        return [m.stored(torch.float32).sign().to(torch.int8) for m in matrices]  # scales are positive
+
+    def _churn_line(self, step: int) -> str:
+        before, self._codes = self._codes, self._ternary_codes()
+        total = sum(codes.numel() for codes in before)
+        changed = sum(int((a != b).sum()) for a, b in zip(before, self._codes, strict=True))
+        zeros = sum(int((codes == 0).sum()) for codes in self._codes)
+        return f"churn:{changed / total:.4f} zero_frac:{zeros / total:.4f} step:{step}/{self._cfg.iterations}"
+
 
 def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     """Ranges and combinations of OptionalSettings; `need` is that of check_config."""
@@ -2433,7 +2725,7 @@ def main() -> None:
     blob, cfg = read_artifact(cfg) if cfg.eval_only else (b"", cfg)
     world = World.from_env()
     if not cfg.eval_only:
-        batch_layout(cfg, world.size)
+        check_layouts(cfg, world.size)
         check_writable(cfg.artifact_path)
     val = ValidationSet.load(cfg, world)
     log = Log(cfg, world)
