@@ -94,6 +94,8 @@ class OptionalSettings:
     churn_log_every: int = 0  # steps between two lines with the share of ternary codes that changed
     # arithmetic of the ternary products: fp8 takes 8-bit operands forward and for the gradient of the input
     act_quant: Literal["none", "fp8"] = model_setting("none")
+    # tokens that a token attends to, itself among them (0: all before it); the sliding score is then a single pass over long rows
+    attention_window: int = model_setting(0)
     # companions of those switches: read with #640's command, without effect while the switch is off
     tversky_num_features: int = 0
     tversky_feature_pools: int = 0
@@ -225,6 +227,15 @@ class Config(OptionalSettings):
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def score_window(self) -> int:
+        """Tokens of a window of the sliding score: long rows for a model whose attention is banded anyway."""
+        return BANDED_ROW * self.attention_window or self.train_seq_len
+
+    @property
+    def score_stride(self) -> int:
+        return (BANDED_ROW - 1) * self.attention_window or self.sliding_eval_stride
 
     @property
     def mlp_hidden(self) -> int:
@@ -813,7 +824,8 @@ class Rotary(nn.Module):
         if cfg.rope_type == "yarn":
             ramp = ((i - 0.25) / 0.75).clamp(0, 1)
             frequency = frequency / (1 + ramp * (cfg.yarn_max_len / cfg.train_seq_len - 1))
-        angle = torch.outer(torch.arange(cfg.train_seq_len, dtype=torch.float64), frequency)[:, None]  # (T, 1, C/2)
+        positions = torch.arange(max(cfg.train_seq_len, cfg.score_window), dtype=torch.float64)
+        angle = torch.outer(positions, frequency)[:, None]  # (T, 1, C/2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
@@ -927,19 +939,17 @@ class Attention(nn.Module):
         self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.rotary = Rotary(cfg)
-        self.flash = flash_attention_3(cfg)
+        self.flash, self.attend = flash_attention_3(cfg), banded(attend, cfg.attention_window)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tail: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H | K | K, C)
         q = self.rotary(rms_norm(q)) * as_stored(self.q_gain).to(x.dtype)[:, None]
-        return self.out(rms_norm(self.mix(q, self.rotary(rms_norm(k)), v).flatten(2)))
+        return self.out(rms_norm(self.mix(q[:, -tail:], self.rotary(rms_norm(k)), v).flatten(2)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
-        if q.is_cuda and self.flash is not None:
-            y = self.flash(q, k, v, causal=True)
-            return y[0] if isinstance(y, tuple) else y  # early releases return the log-sum-exp too
-        return attend(q, k, v)
+        return (self.flash if q.is_cuda and self.flash is not None else self.attend)(q, k, v)
 
 
 class MLP(nn.Module):
@@ -965,10 +975,10 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.smear = Smear(cfg) if cfg.smear else nn.Identity()
 
-    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, tail: int = 0) -> Tensor:
         mix, attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = mix[0] * x + mix[1] * x0 if len(mix) else x
-        x = x + attn_scale * self.attention(rms_norm(x))
+        x = x[:, -tail:] + attn_scale * self.attention(rms_norm(x), tail)
         return self.smear(x + mlp_scale * self.mlp(rms_norm(x)))
 
 
@@ -999,18 +1009,23 @@ class GPT(nn.Module):
         self.softcap = SOFTCAPS[cfg.softcap_type]
         self.register_buffer("temperature", torch.ones(()))  # saved; divides the logits of the sliding score only
 
-    def hidden(self, idx: Tensor, training: bool = False) -> Tensor:
-        """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them."""
+    def hidden(self, idx: Tensor, training: bool = False, tail: int = 0) -> Tensor:
+        """Final normalized states (B, T, D): the first half of the blocks pushes skips, the second half pops them.
+
+        With `tail` only those of the last `tail` positions, (B, tail, D): the last pass computes no others.
+        """
         dtype = compute_dtype(self.cfg.precision, idx.device)
         x = x0 = rms_norm(self.embed_in(self.table.rows(idx, dtype)))
         skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
-        for block, skip, pushes in block_order(self.cfg, training):
+        passes, asked = block_order(self.cfg, training), tail
+        tail = 0 if self.cfg.smear or self.cfg.refiner else tail  # they look at the positions before
+        for i, (block, skip, pushes) in enumerate(passes, 1):
             if skip is not None:
                 x = x + skip_weights[skip] * skips.pop()
-            x = self.blocks[block](x, x0)
+            x = self.blocks[block](x, x0, tail if i == len(passes) else 0)
             if pushes:
                 skips.append(x)
-        return self.refiner(rms_norm(x))
+        return self.refiner(rms_norm(x))[:, -asked:]
 
     def logits(self, h: Tensor) -> Tensor:
         """Softcapped logits, float32: (..., D) -> (..., V)."""
@@ -1334,7 +1349,8 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         wanted = f"0 (no cap), or more than the {reserve_s:.2f} s that TEMP_SCALING takes"
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
-    losses, pending, epoch = [], None, 1
+    losses, pending, epoch, late_graphs = [], None, 1, 0
+    log(f"startup:{1000 * since_launch_s():.0f}ms")
     extras, clock = Extras(model, take_step, log), Clock(world)
     for step in itertools.count():
         # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
@@ -1350,7 +1366,9 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
         stage = schedule(cfg, step, progress)
         apply_stage(optimizers, stage)
+        graphs = graphs_compiled()
         take_step(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
+        late_graphs += graphs_compiled() - graphs
         extras.after_step(step, progress)
         # the loss of the step before is on the host by now: waiting for it keeps the GPU's queue at one step
         pending, finished = Reading(grads.loss), pending
@@ -1371,7 +1389,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         bank.share_latent()
     check_replicas(model, world)
     return {"steps": step, "tokens": tokens, "train_time_s": train_time_s,
-            "ms_per_step": 1000 * train_time_s / step, "first_losses": losses[:20]}
+            "ms_per_step": 1000 * train_time_s / step, "late_graphs": late_graphs, "first_losses": losses[:20]}
 
 
 def report_step(cfg: Config, log: Log, losses: list[float], elapsed_s: float, progress: float) -> None:
@@ -1426,8 +1444,30 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
     gpu = world.device.type == "cuda"
     if not gpu or cfg.compile_mode == "none" or torch.cuda.get_device_capability(world.device) < (8, 9):
         return function
+    keep_compiled()
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
     return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made so far: none may be added once the clock runs."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not loaded: nothing was compiled, and loading it takes a second
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def since_launch_s() -> float:
+    """Seconds since the process was started (Linux; elsewhere 0)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def keep_compiled() -> None:
+    """Compiled kernels go to data/compile_cache, where the next run finds them (seconds of start-up instead of minutes)."""
+    for name in ("TORCHINDUCTOR", "TRITON"):
+        os.environ.setdefault(f"{name}_CACHE_DIR", str(Path("data/compile_cache").resolve() / name.lower()))
 
 
 def keep_freed_memory() -> None:
@@ -1442,13 +1482,24 @@ def flash_attention_3(cfg: Config) -> Callable | None:
     """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     fits = cfg.precision != "fp32" and (cfg.head_dim >> cfg.diff_attn) % 8 == 0 and cfg.head_dim <= 256
-    return flash_attn_func if hopper and fits else None
+    if not (flash_attn_func and hopper and fits):
+        return None
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attn_func(q, k, v, causal=True, window_size=(cfg.attention_window - 1, 0 if cfg.attention_window else -1))
+        return y[0] if isinstance(y, tuple) else y  # early releases return the log-sum-exp too
+
+    return flash
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by PyTorch: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention by PyTorch: q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C). Fewer queries than keys are the last
+    ones. A mask (queries, keys) takes the place of causality."""
+    if mask is None and q.size(1) < k.size(1):
+        mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).tril(k.size(1) - q.size(1))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa).transpose(1, 2)
 
 
 def attention_backends(device: torch.device) -> contextlib.AbstractContextManager:
@@ -2283,8 +2334,9 @@ def window_plan(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray
 
 
 def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tensor) -> Tensor:
-    """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
-    h, y = model.hidden(x)[:, -tail:], y[:, -tail:]
+    """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the last block and the head run on these
+    alone."""
+    h, y = model.hidden(x, tail=tail), y[:, -tail:]
     rows = len(h) if h.is_cuda else max(1, 2**20 // (tail * model.cfg.vocab_size))  # logits that stay in a CPU's cache
     parts = [token_nats(model.logits(a) / temperature, b)[0] for a, b in zip(h.split(rows), y.split(rows), strict=True)]
     return torch.cat(parts)
@@ -2294,20 +2346,21 @@ def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tens
 def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
     """(nats per token, bits per byte) of the validation split, every target scored once.
 
-    stride == train_seq_len: chunked, temperature 1. A smaller stride: sliding windows, the model's temperature.
+    stride == train_seq_len: chunked, temperature 1. Another stride: sliding windows, the model's temperature.
     """
-    seq_len = cfg.train_seq_len
-    score = compiled(score_windows, cfg, world)
-    temperature = model.temperature if stride < seq_len else torch.ones_like(model.temperature)
+    chunked = stride == cfg.train_seq_len
+    seq_len = cfg.train_seq_len if chunked else cfg.score_window
+    temperature = torch.ones_like(model.temperature) if chunked else model.temperature
     starts, firsts = (torch.from_numpy(a).to(world.device) for a in window_plan(val.num_targets, seq_len, stride))
-    per_step = cfg.val_batch_size // world.size if stride == seq_len else cfg.sliding_batch_size * seq_len
-    per_step = min(per_step, cfg.micro_batch_tokens)
+    per_step = cfg.val_batch_size // world.size if chunked else cfg.sliding_batch_size * seq_len
+    per_step = min(per_step, cfg.micro_batch_tokens * (4 if world.device.type == "cuda" else 1))  # no gradients: more fit
     mine = slice(1 + world.rank, None, world.size)
-    # the first window scores all its targets, the others at most `stride`
-    jobs = [(starts[:1], firsts[:1], seq_len)] * world.is_main + [(starts[mine], firsts[mine], stride)]
+    # the first window scores all its targets, the others at most `stride`; it is not worth a compilation
+    jobs = [(starts[:1], firsts[:1], seq_len, score_windows)] * world.is_main
+    jobs.append((starts[mine], firsts[mine], stride, compiled(score_windows, cfg, world)))
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, targets
     positions = torch.arange(seq_len + 1, device=world.device)
-    for job_starts, job_firsts, tail in jobs:
+    for job_starts, job_firsts, tail, score in jobs:
         size = min(max(1, per_step // seq_len), len(job_starts))
         for i in range(0, len(job_starts), size or 1):
             start, first = job_starts[i : i + size], job_firsts[i : i + size]
@@ -2376,15 +2429,15 @@ def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
 
 def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, log: Log) -> dict[str, Any]:
     """The reported scores of a reloaded model: chunked, then sliding."""
-    result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.sliding_eval_stride}
+    result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.score_stride}
     clock = Clock(world)
     loss, bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
     log(f"final_ternary_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * clock.finish():.0f}ms")
     result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "sliding_val_loss": None, "sliding_val_bpb": None}
     if cfg.sliding_eval:
         sliding = Clock(world)
-        loss, bpb = evaluate(model, val, cfg, world, cfg.sliding_eval_stride)
-        log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.sliding_eval_stride}, "
+        loss, bpb = evaluate(model, val, cfg, world, cfg.score_stride)
+        log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.score_stride}, "
             f"T={model.temperature.item():.2f}) eval_time:{1000 * sliding.finish():.0f}ms")
         result |= {"sliding_val_loss": loss, "sliding_val_bpb": bpb}
     return result | {"temperature": model.temperature.item(), "eval_time_s": clock.finish()}
@@ -2648,6 +2701,9 @@ class Extras:
 
 def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     """Ranges and combinations of OptionalSettings; `need` is that of check_config."""
+    window, length = cfg.attention_window, cfg.train_seq_len
+    divides = window == 0 or 0 < window < length and length % window == 0
+    need(divides, "attention_window", f"0, or a divisor of TRAIN_SEQ_LEN={length} below it")
     for name in ("training_depth_recurrence", "eval_depth_recurrence"):
         need(0 <= getattr(cfg, name) <= 16, name, "0 to 16")
     need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
@@ -2675,6 +2731,36 @@ def stored_settings(cfg: Config) -> dict[str, str]:
     """NAME -> text of what an artifact's header holds: the model's settings, those of other systems only where they differ."""
     default = {f.name.upper(): str(f.default) for f in dataclasses.fields(OptionalSettings)}
     return {name: text for name, text in cfg.model_settings().items() if default.get(name) != text}
+
+
+BANDED_ROW = 16  # windows in a row of the single pass; the first of them is context only, 6 % of the work
+
+
+def banded(attend: Callable, window: int) -> Callable:
+    """Attention in which every token sees itself and the `window - 1` tokens before it (Longformer, arXiv:2004.05150).
+
+    `window` queries at a time, against their own and the `window` keys before: linear in the length, no custom kernel. A model
+    trained like this is scored in a single pass over long rows, where sliding windows compute every token many times.
+    """
+    if not window:
+        return attend
+
+    def attend_band(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, queries = q.shape[:2]
+        k, v = (t[:, max(0, t.size(1) - queries - window + 1) :] for t in (k, v))
+        if k.size(1) <= window:
+            return attend(q, k, v)
+        if queries < k.size(1) or queries % window:  # the tail of a row, or a row of odd length: one mask
+            mask = torch.ones(queries, k.size(1), dtype=torch.bool, device=q.device)
+            offset = k.size(1) - queries
+            return attend(q, k, v, mask.tril(offset).triu(offset - window + 1))
+        first = attend(q[:, :window], k[:, :window], v[:, :window])
+        mask = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
+        blocks = [t.unfold(1, 2 * window, window).movedim(-1, 2).flatten(0, 1) for t in (k, v)]  # (B * (T / W - 1), 2 W, K, C)
+        others = attend(q[:, window:].unflatten(1, (-1, window)).flatten(0, 1), *blocks, mask)
+        return torch.cat((first, others.view(batch, -1, *first.shape[2:])), dim=1)
+
+    return attend_band
 
 
 class BlockPass(NamedTuple):

@@ -11,7 +11,7 @@ from conftest import tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import ByteTable, TokenStream, ValidationSet, World, calibrate_temperature, evaluate, window_plan
+from train_gpt import ByteTable, TokenStream, ValidationSet, World, attend, banded, calibrate_temperature, evaluate, window_plan
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 40))
@@ -146,3 +146,50 @@ def test_bits_per_byte_by_brute_force(data_dir):
     text_bytes = decoded_bytes(sp, ids) - decoded_bytes(sp, ids[:1])
     nats = 300 * brute_force(model, torch.tensor(ids), 32, 32, 1.0)
     assert evaluate(model, val, cfg, World(), 32)[1] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+
+
+def dense_band(window):
+    """Attention of one query after the other, float64."""
+
+    def attend(q, k, v):
+        out, offset, share = torch.zeros(q.shape, dtype=torch.float64), k.size(1) - q.size(1), q.size(2) // k.size(2)
+        for i in range(q.size(1)):
+            seen = slice(max(0, i + offset - window + 1), i + offset + 1)
+            for h in range(q.size(2)):
+                keys, values = k[:, seen, h // share].double(), v[:, seen, h // share].double()
+                weights = ((keys @ q[:, i, h, :, None].double()).squeeze(-1) / q.size(-1) ** 0.5).softmax(-1)
+                out[:, i, h] = (weights[..., None] * values).sum(1)
+        return out.to(q.dtype)
+
+    return attend
+
+
+@pytest.mark.parametrize(("length", "queries"), [(32, 32), (40, 40), (29, 29), (8, 8), (5, 5), (32, 3), (32, 8), (32, 11), (6, 2)])
+def test_banded_attention_sees_the_window_before_each_token(length, queries):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, queries, 4, 6), torch.randn(2, length, 2, 6), torch.randn(2, length, 2, 6)
+    torch.testing.assert_close(banded(attend, 8)(q, k, v), dense_band(8)(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(banded(attend, 0)(q, k, v), dense_band(length)(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_a_banded_model_is_scored_in_one_pass_over_long_rows():
+    """Rows of 16 windows of 8, of which all but the first window's tokens count; every target once, against dense attention."""
+    model = tiny_model(attention_window=8)
+    cfg, val = model.cfg, ValidationSet(torch.randint(320, (300,)), num_bytes=777)
+    assert (cfg.score_window, cfg.score_stride) == (128, 120)
+    score, _ = evaluate(model, val, cfg, World(), cfg.score_stride)
+    for block in model.blocks:
+        block.attention.attend = dense_band(8)
+    nats, x, y = [], val.tokens[:-1], val.tokens[1:]
+    for start, first, end in ((0, 0, 128), (120, 128, 248), (171, 248, 299)):
+        with torch.no_grad():
+            nats.append(model(x[None, start:end], y[None, start:end])[0, first - start :])
+    assert score == pytest.approx(torch.cat(nats).mean().item(), rel=1e-6) and torch.cat(nats).numel() == 299
+
+
+def test_the_last_block_computes_the_tail_alone():
+    model, x = tiny_model(), torch.randint(320, (2, 32))
+    with torch.no_grad():
+        whole = model.hidden(x)
+        for tail in (1, 5, 32):
+            torch.testing.assert_close(model.hidden(x, tail=tail), whole[:, -tail:], rtol=1e-5, atol=1e-5)

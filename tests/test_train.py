@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -9,13 +10,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, write_shard
+from conftest import ROOT, TINY, launch, tiny_config, write_shard
 
 import train_gpt
 
 RESULT_KEYS = """run_id seed steps tokens train_time_s ms_per_step device world_size params ternary_params val_loss val_bpb
     roundtrip_val_loss roundtrip_val_bpb sliding_val_loss sliding_val_bpb temperature artifact_bytes code_bytes total_bytes zero_frac
-    eval_time_s export_time_s val_tokens val_bytes stride gpu_name torch_version code_sha256 artifact_sha256 git_commit first_losses""".split()
+    eval_time_s export_time_s late_graphs val_tokens val_bytes stride gpu_name torch_version code_sha256 artifact_sha256 git_commit first_losses""".split()
 
 # The first 10 losses of TINY on the synthetic data, seed 7: a change of the mathematics shows here. Kernels differ between
 # machines and releases of torch, and codes flip at thresholds, hence the tolerance that grows along the run.
@@ -65,6 +66,7 @@ def test_the_log_is_a_complete_record_in_the_published_grammar(one_process):
     config = json.loads(re.search(r"^config (\{.*\})$", log, re.M)[1])
     assert config["num_layers"] == 3 and {"data_path", "tokenizer_path"} <= config.keys()
     for pattern in (
+        r"startup:[1-9]\d*ms",
         r"params:\d+ L:3 d:64 h:4 kv:2 ws:1 ga:2 s:7",
         r"step:20/24 loss:\d+\.\d{4} t:\d+ms avg:\d+\.\dms",
         r"step:24/24 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms zero_frac:0\.\d{3}",
@@ -241,3 +243,27 @@ def test_the_published_command_runs_with_a_smaller_size(data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     result = result_of(done.stdout)
     assert result["run_id"] == "ternary_run" and result["stride"] == 16 and (tmp_path / "logs/ternary_run.txt").exists()
+
+
+def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
+    """Every compiled function of a run, with validation on the way, as on a GPU but for the backend."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def compiled(function, *_):
+        return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(train_gpt, "compiled", functools.cache(compiled))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
+    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2)
+    model, world, lines = train_gpt.GPT(cfg), train_gpt.World(), []
+    log = lambda line, console=True: lines.append(line)  # noqa: ARG005
+    log.progress = lambda text: None  # noqa: ARG005
+    run = train_gpt.train(model, cfg, world, log, train_gpt.ValidationSet.load(cfg, world))
+    assert run["late_graphs"] == 0 and len(graphs) > 8
+    assert sum(re.fullmatch(r"startup:[1-9]\d*ms", line) is not None for line in lines) == 1
+    torch._dynamo.reset()
