@@ -934,8 +934,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.heads, self.head_dim = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), cfg.head_dim
-        self.qkv = TernaryLinear(cfg.model_dim, sum(self.heads) * cfg.head_dim, cfg)
+        self.head_dim = cfg.head_dim
+        self.qkv = TernaryLinear(cfg.model_dim, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, cfg)
         self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.rotary = Rotary(cfg)
@@ -943,9 +943,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tail: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H | K | K, C)
-        q = self.rotary(rms_norm(q)) * as_stored(self.q_gain).to(x.dtype)[:, None]
-        return self.out(rms_norm(self.mix(q[:, -tail:], self.rotary(rms_norm(k)), v).flatten(2)))
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + K + K, C)
+        q, k, v = qk_norm_rope(qkv, as_stored(self.q_gain), self.rotary)
+        return self.out(rms_norm(self.mix(q[:, -tail:], k, v).flatten(2)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
@@ -1772,6 +1772,144 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
         de, dtable, dbias = (t * g for t in ctx.saved_tensors)
         return de, dtable, None, dbias, None, None, None, None
+
+
+@jit
+def head_tile(ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, tokens):  # noqa: N803
+    """This program's tokens (ROWS,), the columns of half a head (BLOCK,), and which (token, column) there are."""
+    token, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    return token, column, (token < tokens)[:, None] & (column < HALF)[None, :]
+
+
+@jit
+def normed_head(cells, valid, HALF: tl.constexpr):  # noqa: N803
+    """RMS-normalized halves of a head, and 1 / RMS (ROWS, 1), in float32."""
+    a = tl.load(cells, valid, 0.0).to(tl.float32)
+    b = tl.load(cells + HALF, valid, 0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + 1e-6)[:, None]
+    return a * r, b * r, r
+
+
+@jit
+def rotated_head(source, target, cos, sin, gain, valid, HALF: tl.constexpr):  # noqa: N803
+    a, b, _ = normed_head(source, valid, HALF)
+    tl.store(target, ((a * cos + b * sin) * gain).to(target.dtype.element_ty), valid)
+    tl.store(target + HALF, ((b * cos - a * sin) * gain).to(target.dtype.element_ty), valid)
+
+
+@jit
+def qk_kernel(qkv, cos, sin, gain, q, k, tokens, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+              BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    token, column, valid = head_tile(ROWS, HALF, BLOCK, tokens)
+    angle = (token % T)[:, None] * HALF + column[None, :]
+    c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
+    source = qkv + token[:, None] * ((H + 2 * K) * 2 * HALF) + column[None, :]
+    for head in range(H):
+        target = q + (token[:, None] * H + head) * (2 * HALF) + column[None, :]
+        rotated_head(source + head * 2 * HALF, target, c, s, tl.load(gain + head), valid, HALF)
+    for head in range(K):
+        target = k + (token[:, None] * K + head) * (2 * HALF) + column[None, :]
+        rotated_head(source + (H + head) * 2 * HALF, target, c, s, 1.0, valid, HALF)
+
+
+@jit
+def rotated_head_backward(source, gradient, target, cos, sin, gain, valid, HALF: tl.constexpr):  # noqa: N803
+    """Gradient of a head before norm, rotation and gain, stored; returns the gain's, a scalar."""
+    a, b, r = normed_head(source, valid, HALF)
+    da = tl.load(gradient, valid, 0.0).to(tl.float32)
+    db = tl.load(gradient + HALF, valid, 0.0).to(tl.float32)
+    da, db = da * cos - db * sin, da * sin + db * cos
+    dot = tl.sum(da * a + db * b, 1)
+    mean = dot[:, None] / (2 * HALF)
+    tl.store(target, (r * gain * (da - a * mean)).to(target.dtype.element_ty), valid)
+    tl.store(target + HALF, (r * gain * (db - b * mean)).to(target.dtype.element_ty), valid)
+    return tl.sum(dot, 0)
+
+
+@jit
+def qk_backward_kernel(qkv, cos, sin, gain, dq, dk, dv, dqkv, dgain, dq_stride, dk_stride, dv_stride, tokens, T: tl.constexpr,
+                       H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Gradients of q, k and v, in any layout of (B, T, heads), become the packed one; dgain (programs, H) is summed outside."""
+    token, column, valid = head_tile(ROWS, HALF, BLOCK, tokens)
+    angle = (token % T)[:, None] * HALF + column[None, :]
+    c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
+    packed = token[:, None] * ((H + 2 * K) * 2 * HALF) + column[None, :]
+    from_q = dq + (token // T * dq_stride[0] + token % T * dq_stride[1])[:, None] + column[None, :]
+    from_k = dk + (token // T * dk_stride[0] + token % T * dk_stride[1])[:, None] + column[None, :]
+    from_v = dv + (token // T * dv_stride[0] + token % T * dv_stride[1])[:, None] + column[None, :]
+    for head in range(H):
+        g, at = tl.load(gain + head), packed + head * 2 * HALF
+        part = rotated_head_backward(qkv + at, from_q + head * dq_stride[2], dqkv + at, c, s, g, valid, HALF)
+        tl.store(dgain + tl.program_id(0) * H + head, part)
+    for head in range(K):
+        at = packed + (H + head) * 2 * HALF
+        rotated_head_backward(qkv + at, from_k + head * dk_stride[2], dqkv + at, c, s, 1.0, valid, HALF)
+        to_v, v = dqkv + at + K * 2 * HALF, from_v + head * dv_stride[2]
+        tl.store(to_v, tl.load(v, valid, 0.0), valid)
+        tl.store(to_v + HALF, tl.load(v + HALF, valid, 0.0), valid)
+
+
+def head_tiles(qkv: Tensor, gain: Tensor) -> tuple[int, dict[str, int]]:
+    """(programs, sizes) of both kernels for qkv (B, T, H + 2K, C): 2,048 values of half a head in a program."""
+    (batch, length, heads, width), queries = qkv.shape, len(gain)
+    block = triton.next_power_of_2(width // 2)
+    rows, tokens = max(2048 // block, 1), batch * length
+    sizes = {"T": length, "H": queries, "K": (heads - queries) // 2, "HALF": width // 2, "BLOCK": block, "ROWS": rows}
+    return triton.cdiv(tokens, rows), sizes | {"tokens": tokens}
+
+
+def empty_qk(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    (batch, length, heads, width), queries = qkv.shape, len(gain)
+    return qkv.new_empty(batch, length, queries, width), qkv.new_empty(batch, length, (heads - queries) // 2, width)
+
+
+@operator(empty_qk)
+def normed_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, H + 2K, C), cos and sin (>= T, C/2), gain (H,) -> q (B, T, H, C), k (B, T, K, C)."""
+    q, k = empty_qk(qkv, cos, sin, gain)
+    programs, sizes = head_tiles(qkv, gain)
+    qk_kernel[programs,](qkv.contiguous(), cos, sin, gain, q, k, **sizes, num_warps=8)
+    return q, k
+
+
+def empty_packed(*operands: Tensor) -> tuple[Tensor, Tensor]:
+    return operands[3].new_empty(operands[3].shape), torch.empty_like(operands[6])
+
+
+@operator(empty_packed)
+def normed_rotated_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k and v -> gradients of qkv, packed, and of gain, float32."""
+    dq, dk, dv = (g if g.stride(3) == 1 else g.contiguous() for g in (dq, dk, dv))
+    (programs, sizes), dqkv = head_tiles(qkv, gain), qkv.new_empty(qkv.shape)
+    dgain = gain.new_empty(programs, len(gain))
+    strides = (g.stride()[:3] for g in (dq, dk, dv))
+    qk_backward_kernel[programs,](qkv.contiguous(), cos, sin, gain, dq, dk, dv, dqkv, dgain, *strides, **sizes, num_warps=8)
+    return dqkv, dgain.sum(0)
+
+
+class QKNormRope(torch.autograd.Function):
+    """`qk_norm_rope` by a kernel each way: v stays where it is, and one packed gradient comes back, which nothing copies."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, cos, sin, gain)
+        q, k = normed_rotated(qkv, cos, sin, gain)
+        return q, k, qkv[:, :, -k.size(2) :]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        dqkv, dgain = normed_rotated_backward(dq, dk, dv, *ctx.saved_tensors)
+        return dqkv, None, None, dgain
+
+
+def qk_norm_rope(qkv: Tensor, gain: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, H + 2K, C), gain (H,) -> normalized, rotated and, the queries, scaled: q (B, T, H, C), k and v (B, T, K, C)."""
+    if kernels_run(qkv):
+        return QKNormRope.apply(qkv, rotary.cos, rotary.sin, gain)
+    q, k, v = qkv.split((len(gain), *[(qkv.size(2) - len(gain)) // 2] * 2), dim=2)
+    return rotary(rms_norm(q)) * gain.to(q.dtype)[:, None], rotary(rms_norm(k)), v
 
 
 # Matrix kernels. ACT_QUANT=fp8: products with 8-bit operands. Here the rounding of the ternary weights costs nothing: a scale

@@ -7,17 +7,11 @@ import torch
 from conftest import tiny_model
 
 import train_gpt
-from train_gpt import SOFTCAPS, ChunkedPolyLoss, FusedLoss, fused_loss, token_nats, training_loss
+from train_gpt import SOFTCAPS, ChunkedPolyLoss, FusedLoss, QKNormRope, fused_loss, rms_norm, token_nats, training_loss
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:overflow")  # of the interpreter's numpy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Kernels compute for every tensor, on the CPU and in 32 bits too."""
-    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
 
 
 def relative_errors(ours, theirs):
@@ -114,15 +108,6 @@ def test_extreme_and_broken_logits(kind):
     assert fused(*inputs, 5.0, 1e-4, kind)[0].isnan()
 
 
-def test_fused_loss_compiles_to_one_graph():
-    inputs = loss_inputs(9, 70, 1.0)
-    leaves = [inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[1], inputs[2].clone().requires_grad_()]
-    step = torch.compile(lambda *leaves: FusedLoss.apply(*leaves, inputs[3], 5.0, 1e-2, True)[0] * 0.7, backend="aot_eager", fullgraph=True)
-    compiled = torch.autograd.grad(step(*leaves), (leaves[0], leaves[1], leaves[3]))
-    for ours, theirs in zip(compiled, fused(*inputs, 5.0, 1e-2, "poly")[2:], strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def chosen_loss(model):
     h = torch.randn(1, 4, model.cfg.model_dim)
     found = fused_loss(model, h, torch.zeros(1, 4, dtype=torch.long), 0.0)
@@ -141,21 +126,105 @@ def test_which_loss_computes(monkeypatch):
             assert chosen_loss(model) == (function and f"{function.__name__}Backward"), (settings, runs)
 
 
+# ------------------------------------------------------------------------------------------------ queries and keys
+
+
+def plain_qkv(qkv, cos, sin, gain):
+    """q, k and v by definition: each head over its RMS, its halves rotated as the parts of a complex number, queries times gain."""
+    heads = len(gain)
+    kv_heads = (qkv.size(2) - heads) // 2
+    q, k, v = rms_norm(qkv[:, :, :heads]), rms_norm(qkv[:, :, heads:-kv_heads]), qkv[:, :, -kv_heads:]
+    turn = torch.complex(cos, -sin)[: qkv.size(1), None]  # (T, 1, C/2)
+    rotate = lambda x: torch.cat(torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).unbind(-1), -1)
+    return rotate(q) * gain[:, None], rotate(k), v
+
+
+def qkv_inputs(batch, length, heads, kv_heads, width, dtype=torch.float32):
+    """qkv, cos and sin of more positions than there are, gain; and gradients of q, k and v as attention leaves them: (B, H, T, C)."""
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, length, heads + 2 * kv_heads, width, device=DEVICE).to(dtype) * 3
+    angle = torch.rand(length + 3, width // 2, device=DEVICE) * 6
+    incoming = [torch.randn(batch, n, length, width, device=DEVICE).to(dtype).transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
+    return (qkv, angle.cos(), angle.sin(), torch.rand(heads, device=DEVICE) * 3), incoming
+
+
+def with_gradients(function, inputs, incoming):
+    """q, k, v and the gradients of qkv and gain."""
+    qkv, gain = (inputs[i].clone().requires_grad_() for i in (0, 3))
+    outputs = function(qkv, *inputs[1:3], gain)
+    return *outputs, *torch.autograd.grad(outputs, (qkv, gain), incoming)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])  # the interpreter cuts off
+def test_queries_and_keys_and_their_gradients(dtype, tolerance):
+    """Head sizes that fill their block and that do not; several programs, the last one not full; one kv head, and as many as q."""
+    for shape in ((3, 13, 4, 2, 96), (1, 70, 3, 1, 64), (2, 5, 2, 2, 10), (1, 3, 2, 1, 256)):
+        inputs, incoming = qkv_inputs(*shape, dtype)
+        ours = with_gradients(QKNormRope.apply, inputs, incoming)
+        assert {t.dtype for t in ours[:4]} == {dtype} and ours[4].dtype == torch.float32
+        assert ours[2].data_ptr() != ours[1].data_ptr() and not ours[2].is_contiguous()  # v is a view of qkv
+        theirs = with_gradients(plain_qkv, [t.double() for t in inputs], [t.double() for t in incoming])
+        errors = relative_errors(ours, theirs)
+        assert errors[2] == 0 and max(errors) < tolerance, (shape, errors)
+
+
+def test_layouts_of_queries_and_keys_do_not_matter():
+    """A gradient that is one number expanded, and a qkv that is not packed."""
+    inputs, incoming = qkv_inputs(2, 5, 4, 2, 16)
+    expected = with_gradients(QKNormRope.apply, inputs, [torch.full_like(g, 0.3) for g in incoming])
+    wide = torch.randn(2, 5, 8, 32, device=DEVICE)
+    wide[..., ::2] = inputs[0]
+    expanded = [torch.tensor(0.3, device=DEVICE).expand_as(g) for g in incoming]
+    for layout in (inputs[0], wide[..., ::2], inputs[0].transpose(0, 1).contiguous().transpose(0, 1)):
+        qkv, gain = layout.detach().requires_grad_(), inputs[3].clone().requires_grad_()
+        outputs = QKNormRope.apply(qkv, *inputs[1:3], gain)
+        for a, b in zip((*outputs, *torch.autograd.grad(outputs, (qkv, gain), expanded)), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 # ------------------------------------------------------------------------------------------------ a whole model
 
 
-def gradients(model, x, y):
-    loss, nats = training_loss(model, x, y, 1e-2)
+def gradients(function, model, x, y):
+    loss, nats = function(model, x, y, 1e-2)
     return loss, nats, *torch.autograd.grad(loss, list(model.parameters()))
 
 
 @pytest.mark.parametrize("kind", ["poly", "tanh"])
 def test_a_model_trains_through_kernels_as_without(kind, monkeypatch):
+    """Loss and every parameter's gradient."""
     model = tiny_model(softcap_type=kind, logit_softcap=2).to(DEVICE)
     torch.manual_seed(0)
     x = torch.randint(320, (2, 32), device=DEVICE)
     y = x.roll(-1, 1)
-    theirs = gradients(model, x, y)
+    theirs = [t.double() for t in gradients(training_loss, model, x, y)]
+    calls = counted(monkeypatch, "loss_and_gradients", "normed_rotated", "normed_rotated_backward")
     monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
-    errors = relative_errors(gradients(model, x, y), [t.double() for t in theirs])
-    assert max(errors) < 1e-4, errors
+    assert max(errors := relative_errors(gradients(training_loss, model, x, y), theirs)) < 1e-4, errors
+    assert calls == {"loss_and_gradients": 1, "normed_rotated": 3, "normed_rotated_backward": 3}
+
+
+def test_kernels_enter_a_compiled_graph_whole(monkeypatch):
+    """Static shapes, one graph, as on a GPU; the same gradients as without a graph."""
+    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
+    model = tiny_model(num_layers=2).to(DEVICE)
+    x = torch.randint(320, (2, 32), device=DEVICE)
+    compiled = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    for ours, theirs in zip(*(gradients(function, model, x, x) for function in (compiled, training_loss)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def counted(monkeypatch, *names):
+    """How often each of these functions of train_gpt is called, from now on."""
+    calls = dict.fromkeys(names, 0)
+
+    def counting(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(train_gpt, name, counting(name, getattr(train_gpt, name)))
+    return calls
