@@ -79,29 +79,29 @@ class OptionalSettings:
     """Settings that stand at "off" in the default. A `Literal` with one choice: this file does not implement the others."""
 
     # switches of #640's command
-    tie_embeddings: Literal[1] = 1
-    attn_proj_type: Literal["standard"] = "standard"
-    logit_head_type: Literal["standard"] = "standard"
+    tie_embeddings: Literal[0, 1, 2] = model_setting(1)  # 0: an output head of its own; 2: the table plus a correction
+    attn_proj_type: Literal["standard", "tversky"] = model_setting("standard")
+    logit_head_type: Literal["standard", "tversky"] = model_setting("standard")
     bigram_hash: bool = model_setting(False)  # a second table, for the token before
-    mtp_heads: Literal[0] = 0
+    mtp_heads: int = 0  # heads for the tokens after the next one: in training only, so no part of the stored model
     diff_attn: bool = model_setting(False)
     mlp_groups: int = model_setting(0)  # MLPs side by side, each on its share of the channels; 0: one
     refiner: bool = model_setting(False)
     smear: bool = model_setting(False)
     training_depth_recurrence: int = model_setting(0)  # each block so often in a row; 0: once
     eval_depth_recurrence: int = model_setting(0)  # the same in evaluation; 0: as in training
-    untie_at_fraction: float = 0.0
+    untie_at_fraction: float = 0.0  # of the budget: from there on as TIE_EMBEDDINGS=0, and stored as such; 0: never
     churn_log_every: int = 0  # steps between two lines with the share of ternary codes that changed
     # arithmetic of the ternary products: fp8 takes 8-bit operands forward and for the gradient of the input
     act_quant: Literal["none", "fp8"] = model_setting("none")
     # tokens that a token attends to, itself among them (0: all before it); the sliding score is then a single pass over long rows
     attention_window: int = model_setting(0)
     # companions of those switches: read with #640's command, without effect while the switch is off
-    tversky_num_features: int = 0
-    tversky_feature_pools: int = 0
-    tversky_membership: Literal["sigmoid", "poly", "tanh"] = "sigmoid"
+    tversky_num_features: int = model_setting(0)  # 0: the prototypes themselves
+    tversky_feature_pools: int = model_setting(0)  # sets of features that the blocks share in turn; 0: each has its own
+    tversky_membership: Literal["sigmoid", "poly", "tanh"] = model_setting("sigmoid")
     refiner_kernel: int = model_setting(3)
-    embed_lr: float = 0.6
+    embed_lr: float = 0.6  # the table's with TIE_EMBEDDINGS=0
     head_lr: float = 0.02
     corr_weight_lr: float = 0.02
     # parts of the published design that can be switched off
@@ -311,7 +311,6 @@ def check_config(cfg: Config) -> None:
     for name in BELOW_ONE:
         need(0 <= getattr(cfg, name) < 1, name, "a number in [0, 1)")
     need(0 <= cfg.warmdown_fraction <= 1, "warmdown_fraction", "a number in [0, 1]")
-    check_optional(cfg, need)
     need(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", cfg.run_id) is not None, "run_id", "1 to 80 letters, digits or . _ -")
     for name, most in AT_MOST.items():
         need(getattr(cfg, name) <= most, name, f"at most {most}")
@@ -326,6 +325,7 @@ def check_config(cfg: Config) -> None:
     need(cfg.sliding_eval_stride <= cfg.train_seq_len, "sliding_eval_stride", f"at most {window}")
     need(cfg.rope_type == "rope" or cfg.yarn_max_len >= cfg.train_seq_len, "yarn_max_len", f"at least {window}")
     check_training_options(cfg, need)
+    check_optional(cfg, need)
 
 
 # ---- 2 Runtime -------------------------------------------------------------------------------------------------------
@@ -838,8 +838,8 @@ class Rotary(nn.Module):
 class Role(NamedTuple):
     """What a parameter's owner decides for it: its optimizer and its form in the artifact."""
 
-    optimizer: Literal["matrix", "table", "control"]
-    storage: Literal["ternary", "table", "control"]
+    optimizer: Literal["matrix", "table", "control", "head", "correction"]
+    storage: Literal["ternary", "table", "control", "none"]
 
 
 class QuantizedLinear(nn.Module):
@@ -936,7 +936,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = cfg.head_dim
         self.qkv = TernaryLinear(cfg.model_dim, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, cfg)
-        self.out = TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
+        self.out = attention_output(cfg) or TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.rotary = Rotary(cfg)
         self.flash, self.attend = flash_attention_3(cfg), banded(attend, cfg.attention_window)
@@ -998,14 +998,16 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
-        width = cfg.embed_dim or cfg.model_dim
-        self.table = table_kind(cfg)(cfg.vocab_size, width, cfg.fp_storage, cfg.tied_embed_init_std)
+        width, init_std = cfg.embed_dim or cfg.model_dim, cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0
+        self.table = table_kind(cfg)(cfg.vocab_size, width, cfg.fp_storage, init_std)
         self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
-        self.embed_out = TableProjection(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.embed_out = projection_kind(cfg)(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
+        self.output = output_table(cfg, self.table)  # the same table, unless an option unties them
+        self.blocks = share_features(nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers)), cfg)
         self.skip_weights = nn.Parameter(torch.ones(count_skips(cfg), cfg.model_dim))
         self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
         self.refiner = Refiner(cfg) if cfg.refiner else nn.Identity()
+        self.mtp_heads = nn.ModuleList(FutureHead(cfg) for _ in range(cfg.mtp_heads))
         self.softcap = SOFTCAPS[cfg.softcap_type]
         self.register_buffer("temperature", torch.ones(()))  # saved; divides the logits of the sliding score only
 
@@ -1029,7 +1031,7 @@ class GPT(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Softcapped logits, float32: (..., D) -> (..., V)."""
-        return self.softcap(self.table(self.embed_out(h)).float() + as_stored(self.vocab_bias), self.cfg.logit_softcap)
+        return self.softcap(self.output(self.embed_out(h)).float() + as_stored(self.vocab_bias), self.cfg.logit_softcap)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return token_nats(self.logits(self.hidden(x)), y)[0]
@@ -1131,7 +1133,8 @@ class NeoMuon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Bank]) -> list[torch.optim.Optimizer]:
     """Every parameter in exactly one optimizer, by its role. Groups carry `base_lr`, which the schedule scales."""
-    roles: dict[str, list[nn.Parameter]] = {"matrix": [], "table": [], "control": []}
+    rates = {"table": cfg.tied_embed_lr, "control": cfg.scalar_lr} | output_rates(cfg)
+    roles: dict[str, list[nn.Parameter]] = {name: [] for name in ("matrix", *rates)}
     for _, _, p, role in parameter_owners(model):
         roles[role.optimizer].append(p)
 
@@ -1142,8 +1145,8 @@ def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Ba
     shards = [bank.shard for bank in banks]
     adamw = cfg.matrix_optimizer == "adamw"
     matrices = adam(shards, cfg.adam_lr, cfg.adam_wd) if adamw else NeoMuon(shards, cfg, world)
-    others = [adam(roles["table"], cfg.tied_embed_lr), adam(roles["control"], cfg.scalar_lr)]
-    grouped = [module.weight for bank in banks for module in bank.modules] + roles["table"] + roles["control"]
+    others = [adam(roles[name], rate) for name, rate in rates.items() if roles[name]]
+    grouped = [module.weight for bank in banks for module in bank.modules] + [p for name in rates for p in roles[name]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
     return [matrices, *others]
 
@@ -1199,9 +1202,9 @@ def batch_layout(cfg: Config, world_size: int, shape: tuple[int, int] | None = N
     return share // micro, micro
 
 
-def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(what is minimized, cross entropy), both summed over the tokens."""
-    h = model.hidden(x, training=True)
+def training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(what is minimized, cross entropy), both summed over the tokens; `h`: the hidden states, if they are there already."""
+    h = model.hidden(x, training=True) if h is None else h
     if (fused := fused_loss(model, h, y, z_loss)) is not None:
         return fused
     nats, lse = token_nats(model.logits(h), y)
@@ -1274,11 +1277,13 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     runs = [shape for shape in step_shapes(cfg) for _ in range(cfg.warmup_steps)]
     for i, (seq_len, tokens) in enumerate(runs):
         x = torch.randint(cfg.vocab_size, (tokens // seq_len // world.size, seq_len), device=world.device)
+        untie_when_due(model, i % cfg.warmup_steps / max(1, cfg.warmup_steps - 1))
         take_step(x, x)
         log(f"warmup:{i + 1}/{len(runs)}")
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
+    untie_when_due(model, 0.0)
     take_step.restart()
     if not cfg.temp_scaling:
         return 0.0
@@ -1299,7 +1304,7 @@ class TrainingStep:
         self.cfg, self.model, self.world = cfg, model, world
         self.grads = Gradients(model, world)
         self.optimizers = build_optimizers(model, cfg, world, self.grads.banks)
-        self.loss_function = compiled(training_loss, cfg, world)
+        self.loss_function = compiled(loss_kind(cfg), cfg, world)
         banked = {layer for bank in self.grads.banks for layer in bank.modules}
         self.others = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in banked]
         self.restart()
@@ -1355,6 +1360,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     for step in itertools.count():
         # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
         progress = world.agree(max(clock.elapsed() / budget_s, step / cfg.iterations))
+        untie_when_due(model, progress)
         if progress >= 1 and step:
             break
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
@@ -1681,10 +1687,10 @@ def fused_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor,
     """`training_loss` from the last hidden states, its gradient computed with it; None: neither kernel nor CPU code fits."""
     cfg, kernel = model.cfg, kernels_run(h) and len(model.vocab_bias) <= 16_384  # a row of logits fits a program's registers
     chunks = not h.is_cuda and h.dtype == torch.float32 and cfg.softcap_type == "poly"
-    if cfg.logit_softcap > 60 or not (kernel or chunks):  # both take exp(logits) as it is
+    if cfg.logit_softcap > 60 or not (kernel or chunks) or cfg.logit_head_type != "standard":  # both take exp(logits) as it is
         return None
-    e, bias, weight = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias), model.table.weight
-    stored, last = model.table.stored(e.dtype), (bias, y.flatten(), cfg.logit_softcap, z_loss)
+    e, bias, weight = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias), model.output.weight
+    stored, last = model.output.stored(e.dtype), (bias, y.flatten(), cfg.logit_softcap, z_loss)
     if kernel:
         return FusedLoss.apply(e, weight, stored, *last, cfg.softcap_type == "poly")
     return ChunkedPolyLoss.apply(e, StraightThrough.apply(weight, stored), *last)
@@ -2108,7 +2114,7 @@ class Layout:
     """What a model puts where: derived from its structure alone, so a model on the meta device will do."""
 
     def __init__(self, model: GPT) -> None:
-        owners = [(module, p, role) for _, module, p, role in parameter_owners(model)]
+        owners = [(module, p, role) for _, module, p, role in saved_parameters(model)]
         self.matrices = [tuple(p.shape) for _, p, role in owners if role.storage == "ternary"]
         self.pieces = [piece for owner in owners for piece in pieces(*owner)]
         self.params = sum(p.numel() for _, p, _ in owners)
@@ -2192,7 +2198,7 @@ def unpack_streams(streams: list[bytes], layout: Layout, codec: str) -> list[np.
 def model_symbols(model: GPT, cfg: Config) -> list[np.ndarray]:
     """The four streams' symbols, uint8; UserError if a weight is not finite."""
     streams: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
-    for name, module, p, role in parameter_owners(model):
+    for name, module, p, role in saved_parameters(model):
         w = p.detach().float()
         if not torch.isfinite(w if role == Role("matrix", "ternary") else w.half()).all():
             raise UserError(f"training diverged: {name} is not finite; try a lower MATRIX_LR={cfg.matrix_lr}")
@@ -2545,7 +2551,7 @@ def log_start(cfg: Config, world: World, log: Log) -> None:
 
 def count_parameters(model: GPT) -> tuple[int, int]:
     """(all, ternary) weights that are trained and saved."""
-    sizes = [(p.numel(), role.storage) for _, _, p, role in parameter_owners(model)]
+    sizes = [(p.numel(), role.storage) for _, _, p, role in saved_parameters(model)]
     return sum(n for n, _ in sizes), sum(n for n, storage in sizes if storage == "ternary")
 
 
@@ -2837,6 +2843,9 @@ class Extras:
         return f"churn:{changed / total:.4f} zero_frac:{zeros / total:.4f} step:{step}/{self._cfg.iterations}"
 
 
+# #640's switches in the model, and parts of the published design that can be switched off
+
+
 def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     """Ranges and combinations of OptionalSettings; `need` is that of check_config."""
     window, length = cfg.attention_window, cfg.train_seq_len
@@ -2844,12 +2853,12 @@ def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     need(divides, "attention_window", f"0, or a divisor of TRAIN_SEQ_LEN={length} below it")
     for name in ("training_depth_recurrence", "eval_depth_recurrence"):
         need(0 <= getattr(cfg, name) <= 16, name, "0 to 16")
-    need(cfg.untie_at_fraction == 0, "untie_at_fraction", "only 0.0")
     need(not cfg.refiner or 2 <= cfg.refiner_kernel <= 64, "refiner_kernel", "2 to 64 with REFINER=1")
     need(0 <= cfg.mlp_groups <= 256, "mlp_groups", "0 to 256")
     width, group = math.gcd(cfg.model_dim, cfg.mlp_hidden), cfg.bitnet_group_size if cfg.scale_group == "group" else 1
     expected = f"a divisor of {width} (MODEL_DIM and the MLP's width) that leaves multiples of BITNET_GROUP_SIZE={group}"
     need(not cfg.mlp_groups or width % (cfg.mlp_groups * group) == 0, "mlp_groups", expected)
+    check_output(cfg, need)
     if cfg.act_quant == "fp8":
         check_fp8(cfg, need)
 
@@ -2865,10 +2874,45 @@ def check_fp8(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     need(qkv % 16 == 0, "num_kv_heads", f"a fused projection of a multiple of 16 rows with ACT_QUANT=fp8, not {qkv}")
 
 
+def check_output(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
+    """The settings of heads, ties and Tversky layers."""
+    need(0 <= cfg.untie_at_fraction < 1, "untie_at_fraction", "a number in [0, 1)")
+    tversky = cfg.logit_head_type == "tversky"
+    if cfg.untie_at_fraction:
+        need(cfg.tie_embeddings > 0, "untie_at_fraction", "0 with TIE_EMBEDDINGS=0: nothing is tied")
+        need(not tversky, "untie_at_fraction", "0 with LOGIT_HEAD_TYPE=tversky: nothing is tied")
+        late = not cfg.ema or cfg.ema_start_fraction >= cfg.untie_at_fraction
+        need(late, "ema_start_fraction", f"at least UNTIE_AT_FRACTION={cfg.untie_at_fraction}: before it there is no head")
+        need(cfg.warmup_steps != 1, "warmup_steps", "0, or at least 2 with UNTIE_AT_FRACTION: one for each output")
+    normalized = cfg.act_quant != "fp8" or not tversky and cfg.attn_proj_type == "standard"
+    need(normalized, "act_quant", "none with Tversky layers: prototypes are no normalized inputs")
+    need(not tversky or cfg.tie_embeddings < 2, "tie_embeddings", "0 or 1 with LOGIT_HEAD_TYPE=tversky: no table is corrected")
+    for name in ("embed_lr", "head_lr", "corr_weight_lr"):
+        need(getattr(cfg, name) >= 0, name, "0 or more")
+    need(0 <= cfg.mtp_heads <= 16, "mtp_heads", "0 to 16")
+    if cfg.mtp_heads and not cfg.eval_only:
+        shortest = min(seq_len for seq_len, _ in step_shapes(cfg))
+        need(cfg.mtp_heads < shortest, "mtp_heads", f"fewer than the {shortest} tokens of the shortest training sequence")
+    need(0 <= cfg.tversky_num_features <= 2**16, "tversky_num_features", f"0 to {2**16}")
+    need(0 <= cfg.tversky_feature_pools <= cfg.num_layers, "tversky_feature_pools", f"0 to NUM_LAYERS={cfg.num_layers}")
+    features = cfg.tversky_num_features > 0 or cfg.tversky_feature_pools == 0
+    need(features, "tversky_feature_pools", "0 with TVERSKY_NUM_FEATURES=0: prototypes are not shared")
+
+
 def stored_settings(cfg: Config) -> dict[str, str]:
     """NAME -> text of what an artifact's header holds: the model's settings, those of other systems only where they differ."""
     default = {f.name.upper(): str(f.default) for f in dataclasses.fields(OptionalSettings)}
-    return {name: text for name, text in cfg.model_settings().items() if default.get(name) != text}
+    return {name: text for name, text in exported(cfg).model_settings().items() if default.get(name) != text}
+
+
+def exported(cfg: Config) -> Config:
+    """The config of the model as it is stored: a run that unties ends untied."""
+    return dataclasses.replace(cfg, tie_embeddings=0, untie_at_fraction=0.0) if cfg.untie_at_fraction else cfg
+
+
+def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, Role]]:
+    """`parameter_owners` without what only training needs."""
+    return (owner for owner in parameter_owners(model) if owner[3].storage != "none")
 
 
 BANDED_ROW = 16  # windows in a row of the single pass; the first of them is context only, 6 % of the work
@@ -3013,6 +3057,183 @@ class Refiner(nn.Module):
         return x + as_stored(self.gate).tanh().to(x.dtype) * rms_norm(self.conv(shifted))
 
 
+# Output: TIE_EMBEDDINGS, UNTIE_AT_FRACTION, MTP_HEADS. An output table has `weight` and `stored`, as QuantizedLinear.
+
+
+class OutputHead(Table):
+    """Logits straight from the hidden states: (V, D), 0 at first."""
+
+    role = Role("head", "table")
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg.vocab_size, cfg.model_dim, cfg.fp_storage, 0.0)
+
+
+class FutureHead(OutputHead):
+    """A head of MTP_HEADS; never stored, so never rounded."""
+
+    role = Role("head", "none")
+
+    def rounded(self) -> Tensor:
+        return self.weight.detach()
+
+
+class Correction(Table):
+    role = Role("correction", "table")
+
+
+def output_rates(cfg: Config) -> dict[str, float]:
+    """Learning rates by role; an untied table takes EMBED_LR."""
+    return {"head": cfg.head_lr, "correction": cfg.corr_weight_lr} | ({} if cfg.tie_embeddings else {"table": cfg.embed_lr})
+
+
+def unsaved(module: nn.Module) -> nn.Module:
+    """The module, left out of the artifact."""
+    module.role = module.role._replace(storage="none")
+    return module
+
+
+def projection_kind(cfg: Config) -> Callable[[int, int, str], nn.Module]:
+    """What leads from the hidden states to the output table."""
+    if cfg.tie_embeddings == 0 or cfg.logit_head_type == "tversky":
+        return nn.Identity
+    return (lambda *sizes: unsaved(UntyingProjection(*sizes))) if cfg.untie_at_fraction else TableProjection
+
+
+def output_table(cfg: Config, table: Table) -> nn.Module:
+    if cfg.logit_head_type == "tversky":
+        return Tversky(cfg, cfg.vocab_size, cfg.tversky_num_features)
+    if cfg.tie_embeddings == 0:
+        return OutputHead(cfg)
+    tied = CorrectedTable(cfg, table) if cfg.tie_embeddings == 2 else table
+    return UntyingOutput(cfg, tied) if cfg.untie_at_fraction else tied
+
+
+class CorrectedTable(nn.Module):
+    """The embedding table and a correction, 0 at first, that the output alone sees."""
+
+    def __init__(self, cfg: Config, table: Table) -> None:
+        super().__init__()
+        self.table, self.correction = table, Correction(*table.weight.shape, cfg.fp_storage, 0.0)
+        self.correction = unsaved(self.correction) if cfg.untie_at_fraction else self.correction
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight + self.correction.weight
+
+    def stored(self, dtype: torch.dtype) -> Tensor:
+        return self.table.stored(dtype) + self.correction.stored(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return StoredMatmul.apply(x, self.weight, self.stored(x.dtype))
+
+
+class UntyingProjection(TableProjection):
+    """`embed_out` until the output is untied, nothing from then on."""
+
+    untied = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.untied else super().forward(x)
+
+
+class UntyingOutput(nn.Module):
+    """A tied output table, then a head that starts as the product of table and `embed_out`.
+
+    Both are trained parameters from the first step on, so that nothing has to be built or reduced anew at the switch: without
+    gradients, Adam leaves the head at 0.
+    """
+
+    untied = False
+
+    def __init__(self, cfg: Config, tied: nn.Module) -> None:
+        super().__init__()
+        self.tied, self.head = tied, OutputHead(cfg)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight if self.untied else self.tied.weight
+
+    def stored(self, dtype: torch.dtype) -> Tensor:
+        return (self.head if self.untied else self.tied).stored(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head if self.untied else self.tied)(x)
+
+
+@torch.no_grad()
+def untie_when_due(model: GPT, progress: float) -> None:
+    """UNTIE_AT_FRACTION: tied before that progress; at it, the head starts as the tied output is, latent weights as they are."""
+    due = progress >= model.cfg.untie_at_fraction > 0
+    for module in model.modules():
+        if isinstance(module, (UntyingProjection, UntyingOutput)) and module.untied != due:
+            module.untied = due
+            if due and isinstance(module, UntyingOutput):
+                tied, head = module.tied.weight, module.head
+                head.weight.copy_(tied @ model.embed_out.weight if model.cfg.embed_dim else tied)
+                if head.operand is not None:
+                    head.keep_rounded(head.operand.dtype)
+
+
+def loss_kind(cfg: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+    return mtp_training_loss if cfg.mtp_heads else training_loss
+
+
+def mtp_training_loss(model: GPT, x: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """`training_loss` and a tenth of the heads' mean cross entropy: head k, from 1, predicts the target k positions on."""
+    h = model.hidden(x, training=True)
+    loss, nats = training_loss(model, x, y, z_loss, h)
+    future = [token_nats(head(h[:, :-k]).float(), y[:, k:])[0].mean() for k, head in enumerate(model.mtp_heads, 1)]
+    return loss + 0.1 * x.numel() * torch.stack(future).mean(), nats
+
+
+# Tversky layers
+
+MEMBERSHIPS = {"sigmoid": lambda t: torch.sigmoid(5 * t), "poly": lambda t: (1.25 * t + 0.5).clamp(0, 1),
+               "tanh": lambda t: (torch.tanh(5 * t) + 1) / 2}
+
+
+class Tversky(nn.Module):
+    """Similarity (Tversky 1977, as in #640) of x to `out_dim` ternary prototypes, by what they have in common and what not.
+
+    f are the products of x, or of a prototype, with the features, m(f) their membership and a = f * m(f):
+    theta a_x a_p - alpha a_x (1 - m_p) - beta (1 - m_x) a_p, summed over the n features. #640's sum is divided by sqrt(n) here.
+    Without that its head of 8192 prototypes starts with every logit between -210 and -280, far beyond the softcap, where the
+    gradient is 0: it stayed at ln 8192. With it they start near -2.4.
+    """
+
+    def __init__(self, cfg: Config, out_dim: int, features: int) -> None:
+        super().__init__()
+        self.prototypes = TernaryLinear(cfg.model_dim, out_dim, cfg)
+        self.features = TableProjection(cfg.model_dim, features, cfg.fp_storage) if features else nn.Identity()
+        self.weights = nn.Parameter(torch.tensor([1.0, 0.5, 0.5]))  # theta, alpha, beta; their magnitudes count
+        self.membership = MEMBERSHIPS[cfg.tversky_membership]
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = StraightThrough.apply(self.prototypes.weight, self.prototypes.stored(x.dtype))
+        features = self.prototypes if isinstance(self.features, nn.Identity) else self.features
+        f_x, f_p = features(x), features(p)  # (..., n), (out, n)
+        m_x, m_p = self.membership(f_x), self.membership(f_p)
+        a_x, a_p = f_x * m_x, f_p * m_p
+        theta, alpha, beta = (as_stored(self.weights).abs() / f_p.size(-1) ** 0.5).to(x.dtype)
+        return a_x @ (theta * a_p - alpha * (1 - m_p)).T - (1 - m_x) @ (beta * a_p).T
+
+
+def attention_output(cfg: Config) -> nn.Module | None:
+    own = 0 if cfg.tversky_feature_pools else cfg.tversky_num_features
+    return Tversky(cfg, cfg.model_dim, own) if cfg.attn_proj_type == "tversky" else None
+
+
+def share_features(blocks: nn.ModuleList, cfg: Config) -> nn.ModuleList:
+    """TVERSKY_FEATURE_POOLS: block i takes the features of pool i mod their number."""
+    if cfg.attn_proj_type == "tversky" and cfg.tversky_feature_pools:
+        sizes = cfg.model_dim, cfg.tversky_num_features, cfg.fp_storage
+        pools = [TableProjection(*sizes) for _ in range(cfg.tversky_feature_pools)]
+        for i, block in enumerate(blocks):
+            block.attention.out.features = pools[i % len(pools)]
+    return blocks
+
+
 # ---- 14 Main ---------------------------------------------------------------------------------------------------------
 
 
@@ -3039,6 +3260,7 @@ def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) ->
 
 def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
     """The environment's config with the artifact's model settings; UserError where the environment asks for another model."""
+    cfg = exported(cfg)
     own, default, stored = cfg.model_settings(), Config().model_settings(), artifact_cfg.model_settings()
     for name in own:
         if own[name] != stored[name] and own[name] != default[name]:

@@ -8,21 +8,31 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, tiny_config, tiny_model
+from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 
 from train_gpt import (
     GPT,
     Config,
+    Log,
     TrainingStep,
     UserError,
+    ValidationSet,
     World,
+    artifact_config,
     as_stored,
     block_order,
+    check_replicas,
+    count_parameters,
+    evaluate,
     load_artifact,
+    mtp_training_loss,
     parameter_owners,
     rms_norm,
     rounded_once,
     save_artifact,
+    train,
+    training_loss,
+    untie_when_due,
 )
 
 GOLDEN = json.loads((ROOT / "tests/data/golden_losses.json").read_text())
@@ -37,6 +47,15 @@ OPTIONS = [
     {"refiner": 1, "refiner_kernel": 2},
     {"diff_attn": 1},
     {"mlp_groups": 2, "activation": "swiglu"},
+    {"tie_embeddings": 0},
+    {"tie_embeddings": 0, "embed_dim": 0, "softcap_type": "tanh"},
+    {"tie_embeddings": 2},
+    {"tie_embeddings": 2, "softcap_type": "tanh"},
+    {"mtp_heads": 2},
+    {"attn_proj_type": "tversky"},
+    {"attn_proj_type": "tversky", "tversky_num_features": 16, "tversky_feature_pools": 2, "tversky_membership": "poly"},
+    {"logit_head_type": "tversky", "tversky_num_features": 16, "tversky_membership": "tanh"},
+    {"logit_head_type": "tversky", "attn_proj_type": "tversky", "tversky_num_features": 8, "bigram_hash": 1, "refiner": 1},
 ]
 named = {"ids": lambda settings: " ".join(f"{k}={v}" for k, v in settings.items())}
 
@@ -75,7 +94,7 @@ def test_an_option_is_trained_causal_and_comes_back_exactly(settings):
     y = x.roll(-1, 1)
     before = model(x, y)
     loaded, cfg = load_artifact(save_artifact(model, tiny_config(**settings, artifact_codec="base3")))
-    assert all(getattr(cfg, name) == getattr(model.cfg, name) for name in settings)
+    assert all(getattr(cfg, name) == getattr(model.cfg, name) for name in settings.keys() - {"mtp_heads"})
     assert torch.equal(loaded(x, y), before)
     changed = x.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 320
@@ -92,6 +111,15 @@ def test_an_option_is_trained_causal_and_comes_back_exactly(settings):
         ({"refiner": "1", "refiner_kernel": "1"}, "REFINER_KERNEL=1"),
         ({"training_depth_recurrence": "-1"}, "TRAINING_DEPTH_RECURRENCE=-1"),
         ({"activation": "tanh"}, "ACTIVATION='tanh'"),
+        ({"tie_embeddings": "0", "untie_at_fraction": "0.5"}, "UNTIE_AT_FRACTION=0.5"),
+        ({"untie_at_fraction": "1"}, "UNTIE_AT_FRACTION=1.0"),
+        ({"untie_at_fraction": "0.5", "warmup_steps": "1"}, "WARMUP_STEPS=1"),
+        ({"untie_at_fraction": "0.5", "warmup_steps": "2", "ema": "1", "ema_start_fraction": "0.4"}, "EMA_START_FRACTION=0.4"),
+        ({"tie_embeddings": "2", "logit_head_type": "tversky"}, "TIE_EMBEDDINGS=2"),
+        ({"mtp_heads": "8", "seq_len_start": "8", "seq_schedule_fraction": "0.5"}, "MTP_HEADS=8"),
+        ({"tversky_feature_pools": "2"}, "TVERSKY_FEATURE_POOLS=2"),
+        ({"tversky_feature_pools": "4", "tversky_num_features": "8"}, "TVERSKY_FEATURE_POOLS=4"),
+        ({"head_lr": "-1"}, "HEAD_LR=-1"),
     ],
 )
 def test_a_combination_without_sense_is_a_clear_error(settings, named):
@@ -200,3 +228,166 @@ def test_a_grouped_mlp_is_a_block_diagonal_one():
     hidden = (hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2)  # each group has its own norm
     torch.testing.assert_close(mlp(x), hidden @ torch.block_diag(*(m.down.rounded() for m in mlp.groups)).T, rtol=1e-4, atol=1e-5)
     assert not any(m.down.weight.any() for m in GPT(tiny_config(mlp_groups=2)).blocks[0].mlp.groups)
+
+
+def test_the_output_of_each_kind_of_tie_written_out():
+    h = torch.randn(2, 3, 64)
+    half = lambda module: module.stored(torch.float64)
+    for settings in ({}, {"embed_dim": 0}):
+        model = tiny_model(tie_embeddings=0, **settings)
+        assert model.output is not model.table and isinstance(model.embed_out, torch.nn.Identity)
+        torch.testing.assert_close(model.output(model.embed_out(h)).double(), h.double() @ half(model.output).T, rtol=1e-4, atol=1e-5)
+        model = tiny_model(tie_embeddings=2, **settings)
+        e = h.double() @ half(model.embed_out).T if model.cfg.embed_dim else h.double()
+        expected = e @ (half(model.table) + half(model.output.correction)).T
+        torch.testing.assert_close(model.output(model.embed_out(h)).double(), expected, rtol=1e-4, atol=1e-5)
+    fresh = GPT(tiny_config(tie_embeddings=2))
+    assert not fresh.output.correction.weight.any() and not GPT(tiny_config(tie_embeddings=0)).output.weight.any()
+    default = GPT(tiny_config())
+    assert default.output is default.table
+
+
+def test_the_learning_rate_of_each_output():
+    rates = {"embed_lr": 0.5, "head_lr": 0.3, "corr_weight_lr": 0.7, "tied_embed_lr": 0.11, "mtp_heads": 1}
+    for tie, expected in ((0, {0.5, 0.3}), (1, {0.11, 0.3}), (2, {0.11, 0.3, 0.7})):
+        cfg = tiny_config(tie_embeddings=tie, **rates)
+        optimizers = TrainingStep(GPT(cfg), cfg, World()).optimizers
+        assert {group["base_lr"] for opt in optimizers for group in opt.param_groups} == expected | {cfg.matrix_lr, cfg.scalar_lr}
+
+
+def test_untying_keeps_the_function_and_goes_on_with_the_head_alone(data_dir, tmp_path):
+    """Before: the tied output. At the switch: a head with the product's weights. After: what TIE_EMBEDDINGS=0 is, and stored so."""
+    cfg = tiny_config(tie_embeddings=2, untie_at_fraction=0.5, data_path=data_dir, fp_storage="FP16", warmup_steps=2, iterations=8, artifact_codec="base3")
+    model = tiny_model(**{k: getattr(cfg, k) for k in ("tie_embeddings", "untie_at_fraction", "fp_storage", "warmup_steps")})
+    h = torch.randn(2, 3, 64)
+    with rounded_once(model):
+        tied = model.output(model.embed_out(h))
+        untie_when_due(model, 0.49)
+        assert torch.equal(model.output(model.embed_out(h)), tied)
+        untie_when_due(model, 0.5)
+        torch.testing.assert_close(model.output(model.embed_out(h)), tied, rtol=1e-2, atol=1e-3)  # float16 weights
+        before = model.output.head.weight.clone()
+        untie_when_due(model, 0.6)  # a second time changes nothing
+        assert torch.equal(model.output.head.weight, before)
+
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    train(model, cfg, World(), Log(cfg, World(), str(tmp_path)), None)
+    product = (model.table.weight + model.output.tied.correction.weight) @ model.embed_out.weight
+    assert model.output.untied and model.output.tied.correction.weight.any()
+    assert model.embed_out.weight.grad.abs().sum() == 0 and model.output.head.weight.grad.abs().sum() > 0
+    assert not torch.allclose(model.output.head.weight, product, atol=1e-2)
+    blob = save_artifact(model, cfg)
+    loaded, stored = load_artifact(blob)
+    assert stored.tie_embeddings == 0 and stored.untie_at_fraction == 0
+    x = tokens(model)
+    assert torch.equal(loaded(x, x.roll(-1, 1)), model(x, x.roll(-1, 1)))
+    assert count_parameters(model) == count_parameters(loaded) == count_parameters(GPT(tiny_config(tie_embeddings=0)))
+    assert artifact_config(cfg, stored).tie_embeddings == 0  # EVAL_ONLY with the settings of the training run
+    with pytest.raises(UserError, match="TIE_EMBEDDINGS=2"):
+        artifact_config(tiny_config(tie_embeddings=2), stored)
+
+
+def test_a_run_too_coarse_for_the_switch_is_stored_untied_all_the_same(data_dir, tmp_path):
+    cfg = tiny_config(untie_at_fraction=0.9, data_path=data_dir, warmup_steps=0, iterations=2, artifact_codec="base3")
+    model = GPT(cfg)
+    train(model, cfg, World(), Log(cfg, World(), str(tmp_path)), None)
+    x = tokens(model)
+    assert torch.equal(load_artifact(save_artifact(model, cfg))[0](x, x), model(x, x))
+    assert model.output.untied and model.output.head.weight.any()
+
+
+def test_heads_for_later_tokens_written_out():
+    """Head k sees the state at t and predicts the token k after the main target y[t]; evaluation and artifact know no heads."""
+    model = tiny_model(mtp_heads=2)
+    x, y = tokens(model), tokens(model, seed=1)
+    loss, nats = mtp_training_loss(model, x, y, 1e-4)
+    plain, plain_nats = training_loss(model, x, y, 1e-4)
+    h, later = model.hidden(x).double(), []
+    for k, head in enumerate(model.mtp_heads, 1):
+        logits = h @ head.weight.double().T
+        later.append(torch.stack([-logits[b, t].log_softmax(-1)[y[b, t + k]] for b in range(2) for t in range(32 - k)]).mean())
+    torch.testing.assert_close(loss.double() - plain, 0.1 * 64 * torch.stack(later).mean(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(nats, plain_nats)
+    without = tiny_model()
+    assert count_parameters(model) == count_parameters(without)
+    assert not any(head.weight.any() for head in GPT(tiny_config(mtp_heads=2)).mtp_heads)
+    assert not list(load_artifact(save_artifact(model, tiny_config(mtp_heads=2, artifact_codec="base3")))[0].mtp_heads)
+
+
+@pytest.mark.parametrize("membership", ["sigmoid", "poly", "tanh"])
+@pytest.mark.parametrize("features", [0, 5])
+def test_tversky_similarity_written_out(membership, features):
+    layer = tiny_model(attn_proj_type="tversky", tversky_num_features=features, tversky_membership=membership).blocks[0].attention.out
+    p = layer.prototypes.rounded().double()
+    bank = layer.features.rounded().double() if features else p
+    theta, alpha, beta = as_stored(layer.weights).double().abs().tolist()
+    member = {"sigmoid": lambda t: 1 / (1 + (-5 * t).exp()), "poly": lambda t: (1.25 * t + 0.5).clamp(0, 1), "tanh": lambda t: ((5 * t).tanh() + 1) / 2}[membership]
+    x = torch.randn(3, 64)
+    out = layer(x)
+    assert len(p) == 64 and out.shape == (3, 64)
+    for i, j in ((0, 0), (1, 7), (2, 63)):
+        f_x, f_p = x[i].double() @ bank.T, p[j] @ bank.T
+        total = 0.0
+        for a, b in zip(f_x, f_p, strict=True):
+            m_a, m_b = member(a), member(b)
+            total += theta * a * m_a * b * m_b - alpha * a * m_a * (1 - m_b) - beta * (1 - m_a) * b * m_b
+        torch.testing.assert_close(out[i, j].double(), total / math.sqrt(len(bank)), rtol=1e-3, atol=1e-4)
+
+
+def test_tversky_pools_are_shared_in_turn_and_stored_once():
+    model = tiny_model(attn_proj_type="tversky", tversky_num_features=8, tversky_feature_pools=2)
+    pools = [block.attention.out.features for block in model.blocks]
+    assert pools[0] is pools[2] and pools[0] is not pools[1]
+    own = tiny_model(attn_proj_type="tversky", tversky_num_features=8)
+    assert count_parameters(own)[0] - count_parameters(model)[0] == 8 * 64
+
+
+WORKERS = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import test_optional
+from train_gpt import World
+
+world = World.from_env()
+losses = [test_optional.run_together(world, settings) for settings in test_optional.TOGETHER]
+if world.is_main:  # the weights of both are equal: check_replicas
+    print("losses", losses)
+world.close()
+"""
+
+TOGETHER = [
+    {"tie_embeddings": 2, "untie_at_fraction": 0.5, "warmup_steps": 2, "mtp_heads": 1, "smear": 1},
+    {"attn_proj_type": "tversky", "tversky_num_features": 16, "tversky_feature_pools": 2, "bigram_hash": 1, "refiner": 1, "mlp_groups": 2},
+    {"logit_head_type": "tversky", "diff_attn": 1, "activation": "swiglu", "eval_depth_recurrence": 2, "training_depth_recurrence": 2},
+]
+
+
+def run_together(world, settings):
+    """Losses of 6 steps, then of an evaluation by all processes."""
+    cfg = tiny_config(**settings)
+    torch.manual_seed(0)
+    model, losses = GPT(cfg), []
+    with rounded_once(model):
+        take_step = TrainingStep(model, cfg, world)
+        for i in range(6):
+            untie_when_due(model, i / 6)
+            x, y = (t.chunk(world.size)[world.rank] for t in (tokens(model, 8, seed=i), tokens(model, 8, seed=i + 1)))
+            take_step(x, y)
+            losses.append(take_step.grads.loss.item())
+        for bank in take_step.grads.banks:
+            bank.share_latent()
+        check_replicas(model, world)
+        val = ValidationSet(torch.arange(401) * 7 % 320, 1000)
+        return [*losses, evaluate(model, val, cfg, world, cfg.train_seq_len)[0]]
+
+
+def test_two_processes_train_and_evaluate_options_as_one_does(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = launch({}, tmp_path, 2, argv=[str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("losses ")[1])
+    for settings, losses in zip(TOGETHER, found, strict=True):
+        assert losses == pytest.approx(run_together(World(), settings), rel=1e-6), settings
