@@ -1,0 +1,345 @@
+"""One arm of bench/step.py: a process that holds one checkout's model and measures what it is told to.
+
+    python bench/step_worker.py FOLDER      FOLDER holds the train_gpt.py to measure; settings come from the environment
+
+A line of JSON in ({"do": name, ...arguments}), a line of JSON out, {"error": text} where it fails. The end of the input
+ends it. What libraries print goes to stderr. `do` is a method of Worker; each says what it answers.
+
+Works with checkouts from bc9fca9 on: one without `TrainingStep` gets its step put together here as its train() did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1] if __name__ == "__main__" else str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from kernel_groups import FORWARD, REGION, Shapes, read_trace
+from parity import trained_looking_model
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import train_gpt as t  # before parity, which would take the one beside it
+
+SYNTHETIC_TOKENS = 1 << 22
+TEMPERATURE = 0.95  # of the evaluated model, as calibration would set it: not 1, so that the sliding score's division takes part
+
+
+def synthetic_data(cfg: t.Config, folder: Path) -> t.Config:
+    """Shards of Zipf-distributed tokens; workers that write at the same time write the same bytes."""
+    rng = np.random.default_rng(0)
+    weights = 1 / (np.arange(cfg.vocab_size) + 2.7)
+    for split in ("train", "val"):
+        tokens = rng.permutation(cfg.vocab_size)[rng.choice(cfg.vocab_size, SYNTHETIC_TOKENS, p=weights / weights.sum())]
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, len(tokens)
+        t.write_whole(folder / f"fineweb_{split}_000000.bin", header.tobytes() + tokens.astype("<u2").tobytes())
+    return dataclasses.replace(cfg, data_path=str(folder))
+
+
+class OldStep:
+    """What a checkout before `TrainingStep` ran as a step: its train()'s take_step."""
+
+    def __init__(self, model: t.GPT, cfg: t.Config, world: t.World) -> None:
+        self.cfg, self.model, (self.micro_batches, _) = cfg, model, t.batch_layout(cfg, world.size)
+        self.optimizers, self.grads = t.build_optimizers(model, cfg, world), t.Gradients(model, world)
+        self.loss_function = t.compiled(t.training_loss, cfg, world)
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, self.micro_batches)
+        if self.cfg.grad_clip_norm:
+            self.grads.clip(self.cfg.grad_clip_norm)
+        for opt in self.optimizers:
+            opt.step()
+
+
+def annotated(function: Callable) -> Callable:
+    """The function within the annotation by which the profile knows the forward pass."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with record_function(FORWARD):
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Marks:
+    """Milliseconds between moments of the device's timeline (events on a GPU: no waiting in between)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu, self._marks = device.type == "cuda", []
+
+    def set(self) -> None:
+        self._marks.append(torch.cuda.Event(enable_timing=True) if self._gpu else time.perf_counter())
+        if self._gpu:
+            self._marks[-1].record()
+
+    def between(self) -> list[float]:
+        if self._gpu:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [1000 * (b - a) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
+def matrices(module: torch.nn.Module) -> Iterator[t.QuantizedLinear]:
+    return (m for m in module.modules() if isinstance(m, t.QuantizedLinear))
+
+
+@torch.no_grad()
+def block_uses(model: t.GPT, device: torch.device) -> list[int]:
+    """How often a forward pass runs each block: more than once where depth is recurrent."""
+    uses = [0] * len(model.blocks)
+    hooks = [block.register_forward_hook(lambda *_, i=i: uses.__setitem__(i, uses[i] + 1)) for i, block in enumerate(model.blocks)]
+    model.hidden(torch.zeros(1, model.cfg.train_seq_len, dtype=torch.int64, device=device))
+    for hook in hooks:
+        hook.remove()
+    return uses
+
+
+def flops_a_token(model: t.GPT, device: torch.device) -> dict[str, float]:
+    """Model FLOPs of forward and backward for a token, by structure: what the mathematics needs, whatever a kernel does.
+
+    6 a weight of every matrix that multiplies the token (2 forward, 2 for each of its gradients; the tied table counts once, as
+    the head, since its lookup multiplies nothing); causal attention 12 * C * H * (T / 2): two products forward, twice that back.
+    """
+    cfg = model.cfg
+    uses = block_uses(model, device)
+    blocks = list(zip(model.blocks, uses, strict=True))
+    within = sum(n * sum(m.weight.numel() for m in matrices(block)) for block, n in blocks)
+    attention = sum(n * m.head_dim * m.heads[0] for block, n in blocks for m in block.modules() if isinstance(m, t.Attention))
+    outside = sum(m.weight.numel() for m in matrices(model)) - sum(m.weight.numel() for m in matrices(model.blocks))
+    return {"blocks": 6.0 * within, "head and projections": 6.0 * outside, "attention": 6.0 * cfg.train_seq_len * attention}
+
+
+def matmul_shapes(model: t.GPT) -> Shapes:
+    owners = [(m.role.storage == "ternary", tuple(p.shape)) for _, m, p, _ in t.parameter_owners(model) if isinstance(m, t.QuantizedLinear)]
+    small = {shape for ternary, shape in owners if not ternary and model.cfg.vocab_size not in shape}
+    return Shapes(tuple({shape for ternary, shape in owners if ternary}), tuple(small), model.cfg.vocab_size)
+
+
+def old_communication(step: OldStep, world_size: int) -> list[tuple[str, float]]:
+    """(what, bytes that a process sends) of a step before `TrainingStep.communication`: one all-reduce, a gather a shape."""
+    others = (world_size - 1) / world_size
+    flat = step.grads._flat
+    rows = [(f"all-reduce of gradients ({flat.numel():,} x {str(flat.dtype)[6:]})", 2 * others * flat.numel() * flat.element_size())]
+    for opt in step.optimizers:
+        for group in opt.param_groups if isinstance(opt, t.NeoMuon) else ():
+            params = group["params"]
+            share, p = -(-len(params) // world_size), params[0]
+            what = f"all-gather of updates, {len(params)} of {' x '.join(map(str, p.shape))} ({str(p.dtype)[6:]})"
+            rows.append((what, (world_size - 1) * share * p.numel() * p.element_size()))
+    return rows
+
+
+@contextlib.contextmanager
+def counted_batches() -> Iterator[list[int]]:
+    """The number of windows of every batch that `evaluate` scores."""
+    sizes, original = [], t.compiled
+
+    def compiled(function: Callable, *args: object) -> Callable:
+        ready = original(function, *args)
+
+        def call(model: t.GPT, x: torch.Tensor, *rest: object) -> torch.Tensor:
+            sizes.append(len(x))
+            return ready(model, x, *rest)
+
+        return call
+
+    t.compiled = compiled
+    try:
+        yield sizes
+    finally:
+        t.compiled = original
+
+
+@torch.no_grad()
+def plain_nats(model: t.GPT, val: t.ValidationSet, stride: int, rows: int) -> float:
+    """Nats of every target of the split: uncompiled, `rows` windows at a time, all logits of each."""
+    seq_len = model.cfg.train_seq_len
+    temperature = model.temperature if stride < seq_len else torch.ones_like(model.temperature)
+    total = torch.zeros((), dtype=torch.float64, device=val.tokens.device)
+    plan = list(zip(*(a.tolist() for a in t.window_plan(val.num_targets, seq_len, stride)), strict=True))
+    for i in range(0, len(plan), rows):
+        windows = torch.stack([val.tokens[start : start + seq_len + 1] for start, _ in plan[i : i + rows]])
+        nats = t.token_nats(model.logits(model.hidden(windows[:, :-1])) / temperature, windows[:, 1:])[0].double()
+        for row, (_, first) in zip(nats, plan[i : i + rows], strict=True):
+            total += row[first:].sum()
+    return total.item()
+
+
+class Worker:
+    """Answers the requests; built lazily, so that a request pays only for what it needs."""
+
+    def __init__(self) -> None:
+        self.cfg, self.world = t.Config.from_env(), t.World.from_env()
+        self.device, self.synthetic, self._stack = self.world.device, False, contextlib.ExitStack()
+        self._stack.enter_context(t.attention_backends(self.device))
+        self._taken = 0
+
+    def start(self, synthetic: str) -> dict:
+        """What is measured. `synthetic`: a folder for made-up tokens, used where DATA_PATH holds no shards."""
+        if not list(Path(self.cfg.data_path).glob("fineweb_train_*.bin")):
+            self.synthetic = True
+            self.cfg = synthetic_data(self.cfg, Path(synthetic) / f"sp{self.cfg.vocab_size}")
+        dtype = t.compute_dtype(self.cfg.precision, self.device)
+        return {"torch": torch.__version__, "device": self.device.type, "gpu": t.gpu_name(self.world), "dtype": str(dtype)[6:],
+                "threads": torch.get_num_threads(), "step_tokens": self.cfg.train_batch_tokens, "seq_len": self.cfg.train_seq_len,
+                "stride": self.cfg.sliding_eval_stride, "synthetic": self.synthetic,
+                "attention": "FlashAttention-3" if t.flash_attention_3(self.cfg) else "PyTorch SDPA"}  # fmt: skip
+
+    @functools.cached_property
+    def model(self) -> t.GPT:
+        return trained_looking_model(self.cfg).to(self.device)
+
+    @functools.cached_property
+    def step(self) -> OldStep:
+        if not hasattr(t, "TrainingStep"):
+            return OldStep(self.model, self.cfg, self.world)
+        self._stack.enter_context(t.rounded_once(self.model))
+        return t.TrainingStep(self.model, self.cfg, self.world)
+
+    @functools.cached_property
+    def batches(self) -> t.Batches:
+        return t.Batches(t.TokenStream(self.cfg, "train"), self.world)
+
+    def describe(self) -> dict:
+        """Counts by structure: parameters, FLOPs a token by part, micro-batches of a step."""
+        flops = flops_a_token(self.model, self.device)
+        return {"params": t.count_parameters(self.model)[0], "flops": flops, "zero_frac": t.zero_fraction(self.model),
+                "micro_batches": self.step.micro_batches}  # fmt: skip
+
+    def peak(self, size: int, count: int) -> dict:
+        """FLOP/s of a square matrix product of random numbers: the best of `count`, after as many to warm up."""
+        dtype = t.compute_dtype(self.cfg.precision, self.device)
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        for _ in range(count):
+            a @ b
+        marks = Marks(self.device)
+        for _ in range(count + 1):
+            marks.set()
+            a @ b
+        return {"flops_s": 2 * size**3 / (min(marks.between()) / 1000)}
+
+    def steps(self, count: int) -> dict:
+        """Milliseconds of each of `count` training steps, as in the loop: next batch, step, loss of the step before."""
+        sequences, graphs = self.cfg.train_batch_tokens // self.cfg.train_seq_len, compiled_graphs()
+        marks, losses, pending = Marks(self.device), [], None
+        marks.set()
+        for _ in range(count):
+            t.apply_stage(self.step.optimizers, t.schedule(self.cfg, self._taken, 0.0))
+            self.step(*self.batches.next(sequences, self.cfg.train_seq_len))
+            self._taken += 1
+            pending, finished = t.Reading(self.step.grads.loss), pending
+            if finished:
+                losses.append(finished.get())
+            marks.set()
+        losses.append(pending.get())
+        times = marks.between()
+        if not all(map(math.isfinite, losses)):
+            raise t.UserError(f"training diverged: losses {losses} at step {self._taken}")
+        gib = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
+        return {"ms": times, "losses": losses, "memory_gib": gib, "recompiled": compiled_graphs() - graphs}
+
+    def profile(self, count: int) -> dict:
+        """Milliseconds of a step by kernel group, and of its wall."""
+        plain, activities, gpu = self.step.loss_function, [ProfilerActivity.CPU], self.device.type == "cuda"
+        self.steps(1)
+        self.step.loss_function = annotated(plain)
+        if gpu:
+            activities.append(ProfilerActivity.CUDA)
+        try:
+            with profile(activities=activities, record_shapes=True) as prof, record_function(REGION):
+                self.steps(count)
+        finally:
+            self.step.loss_function = plain
+        with tempfile.TemporaryDirectory() as folder:
+            prof.export_chrome_trace(str(Path(folder) / "trace.json"))
+            groups, wall = read_trace(Path(folder) / "trace.json", matmul_shapes(self.model), gpu)
+        return {"groups": {name: ms / count for name, ms in groups.items()}, "wall_ms": wall / count}
+
+    def communication(self, world_size: int) -> dict:
+        """[what, bytes a process sends] of a step at `world_size` processes, from the step's own buffers."""
+        ask = getattr(self.step, "communication", None)
+        rows = ask(world_size) if ask else old_communication(self.step, world_size)
+        return {"rows": [[what, float(size)] for what, size in rows]}
+
+    @functools.cached_property
+    def loaded(self) -> t.GPT:
+        """The model as evaluation gets it: from its bytes."""
+        self.model.temperature.fill_(TEMPERATURE)
+        model = t.load_artifact(t.save_artifact(self.model, self.cfg), self.cfg.precision)[0].to(self.device)
+        if hasattr(t, "rounded_once"):
+            self._stack.enter_context(t.rounded_once(model))
+        return model
+
+    @functools.cache  # noqa: B019 (the worker lives as long as the process)
+    def validation(self, tokens: int) -> t.ValidationSet:
+        """The first tokens of the split; each made-up token counts as one byte."""
+        cfg = dataclasses.replace(self.cfg, val_max_tokens=tokens)
+        if not self.synthetic:
+            return t.ValidationSet.load(cfg, self.world)
+        ids = torch.from_numpy(t.TokenStream(cfg, "val").read(0, tokens + 1).astype(np.int64))
+        return t.ValidationSet(ids.to(self.device), tokens)
+
+    def _timed(self, score: Callable[[], float]) -> tuple[float, float]:
+        clock = t.Clock(self.world)
+        nats = score()
+        return nats, clock.finish()
+
+    def evaluate(self, stride: int, tokens: int) -> dict:
+        """The fast path on the first `tokens` of the validation split: seconds, windows, windows a batch, nats, bits per byte."""
+        model, val = self.loaded, self.validation(tokens)
+        with counted_batches() as sizes:
+            (nats, bpb), seconds = self._timed(lambda: t.evaluate(model, val, self.cfg, self.world, stride))
+        return {"s": seconds, "windows": len(t.window_plan(val.num_targets, self.cfg.train_seq_len, stride)[0]), "targets": val.num_targets,
+                "batch": max(sizes, default=0), "batches": len(sizes), "nats": nats, "bpb": bpb}  # fmt: skip
+
+    def plain(self, stride: int, windows: int, rows: int) -> dict:
+        """The plain path on the first `windows` windows, `rows` at a time, and the fast path's score of the same targets."""
+        model, tokens = self.loaded, self.cfg.train_seq_len + stride * (windows - 1)
+        val = self.validation(tokens)
+        rows = max(1, min(rows, self.cfg.micro_batch_tokens // self.cfg.train_seq_len))
+        plain_nats(model, val._replace(tokens=val.tokens[: self.cfg.train_seq_len + 1]), stride, 1)  # loads kernels
+        nats, seconds = self._timed(lambda: plain_nats(model, val, stride, rows))
+        bpb = nats / math.log(2) / val.num_bytes
+        return {"s": seconds, "rows": rows, "windows": len(t.window_plan(val.num_targets, self.cfg.train_seq_len, stride)[0]), "bpb": bpb,
+                "difference": self.evaluate(stride, tokens)["bpb"] - bpb, "targets": val.num_targets}  # fmt: skip
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what is printed here and by libraries must not get between the answers
+    worker = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            worker = worker or Worker()
+            answer = getattr(worker, request.pop("do"))(**request)
+        except (t.UserError, OSError) as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # the next request may still be answered
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # the loader's thread may still be reading ahead; nothing is left to write

@@ -1,0 +1,219 @@
+"""bench/step.py on a CPU and a tiny model: what it counts, how it sorts time, and that its arms take turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, launch, tiny_config, tiny_model
+from kernel_groups import FORWARD, GROUPS, REGION, Shapes, read_trace
+from step import Arm, ArmFailed, startup
+from step_worker import OldStep, flops_a_token, matmul_shapes, old_communication
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt
+
+BEFORE_TRAINING_STEP = "bc9fca9"  # the last commit whose train() puts the step together itself
+
+
+@pytest.mark.parametrize("settings", [{}, {"embed_dim": 0, "num_layers": 2, "mlp_mult": 3}])
+def test_model_flops_are_pytorchs_count(settings):
+    """All products of a training step; PyTorch's plain attention computes the masked half too, ours does not count it."""
+    model = tiny_model(**settings)
+    cfg, flops = model.cfg, flops_a_token(model, torch.device("cpu"))
+    x = torch.randint(cfg.vocab_size, (2, cfg.train_seq_len))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x, x).sum().backward()
+    assert flops["attention"] > 0
+    assert counter.get_total_flops() == x.numel() * (sum(flops.values()) + flops["attention"])
+
+
+def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: object) -> dict:
+    return {"ph": "X", "pid": 0, "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+def kernel(name: str, ts: float, dur: float, correlation: int = 0, **args: object) -> dict:
+    return event("kernel", name, ts, dur, tid=7, correlation=correlation, **args)
+
+
+def test_kernels_of_a_gpu_trace_find_their_group(tmp_path):
+    """A trace as a GPU's profile has it, written by hand: launches on two threads, kernels later on a stream, one overlap."""
+    engine = "autograd::engine::evaluate_function: "
+    up, down, tokens = [64, 256], [256, 64], 4096
+    host = [
+        event("user_annotation", REGION, 0, 1000), event("user_annotation", FORWARD, 10, 200),
+        event("cpu_op", "aten::mm", 20, 10, **{"Input Dims": [[tokens, 64], up]}),
+        event("cpu_op", "triton_poi_fused__scaled_dot_product_mm_mul_3", 40, 10, **{"Input Dims": [[tokens, 64], []]}),
+        event("cpu_op", "aten::_scaled_dot_product_cudnn_attention", 60, 10),
+        event("cpu_op", "triton_red_fused_add_7", 80, 10, **{"Input Dims": [[tokens, 1000], [tokens]]}),
+        event("cpu_op", "aten::mm", 100, 10, **{"Input Dims": [[tokens, 64], [64, 32]]}),
+        event("cpu_op", engine + "CompiledFunctionBackward", 220, 300, tid=2),
+        event("cpu_op", "aten::mm", 230, 10, tid=2, **{"Input Dims": [[tokens, 64], up]}),
+        event("cpu_op", "aten::mm", 250, 10, tid=2, **{"Input Dims": [[64, tokens], [tokens, 256]]}),
+        event("cpu_op", "aten::_scaled_dot_product_cudnn_attention_backward", 270, 10, tid=2),
+        event("cpu_op", engine + "torch::autograd::AccumulateGrad", 540, 30, tid=2),
+        event("cpu_op", "aten::bmm", 600, 10, **{"Input Dims": [[3, 64, 256], [3, *down]]}),
+        event("cpu_op", "c10d::_allgather_base_", 620, 10, **{"External id": 77}),
+    ]  # fmt: skip
+    kernels = [  # name, launched at, on thread, microseconds, group
+        ("nvjet_tst_128x256", 25, 1, 1, "ternary GEMMs, forward"),
+        ("triton_poi_fused__scaled_dot_product_mm_mul_3", 45, 1, 2, "elementwise, forward"),
+        ("cudnn_generated_sdpa_fprop", 65, 1, 4, "attention, forward"),
+        ("triton_red_fused_add_7", 85, 1, 8, "head, embedding and loss"),
+        ("nvjet_tst_64x8", 105, 1, 16, "head, embedding and loss"),
+        ("_up_mlp_kernel", 120, 1, 32, "ternary GEMMs, forward"),
+        ("nvjet_tst_128x256", 235, 2, 64, "ternary GEMMs, input gradient"),
+        ("nvjet_tst_splitK", 255, 2, 128, "ternary GEMMs, weight gradient"),
+        ("cudnn_generated_sdpa_bprop", 275, 2, 256, "attention, backward"),
+        ("triton_poi_fused_mul_9", 300, 2, 512, "elementwise, backward"),
+        ("vectorized_elementwise_kernel", 550, 2, 1024, "gradient accumulation"),
+        ("nvjet_batched", 605, 1, 2048, "optimizer"),
+    ]
+    expected, at = dict.fromkeys(GROUPS, 0.0), 2000.0
+    for i, (name, launched, tid, duration, group) in enumerate(kernels, 1):
+        host.append(event("cuda_driver", "cuLaunchKernelEx", launched, 2, tid=tid, correlation=i))
+        host.append(kernel(name, at, duration, i))
+        expected[group] += duration / 1000
+        at += duration + 5
+    # no launch in the trace: the operation's number decides; 100 of its 4096 microseconds are hidden behind the kernel before
+    host.append(kernel("ncclDevKernel", at - 105, 4096, **{"External id": 77}))
+    expected["communication"] += 3.996
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *host]}))
+    groups, wall = read_trace(tmp_path / "trace.json", Shapes(((256, 64), (64, 64)), ((32, 64),), 1000), gpu=True)
+    assert groups == pytest.approx(expected) and wall == 1.0
+
+
+def test_the_models_matrices_are_told_apart():
+    model = tiny_model()
+    assert matmul_shapes(model)._replace(projections=()) == Shapes(matmul_shapes(model).ternary, (), 320)
+    assert set(matmul_shapes(model).ternary) == {(128, 64), (64, 64), (64, 128)}
+    assert set(matmul_shapes(model).projections) == {(64, 24), (24, 64)}
+
+
+def test_communication_before_sharding_is_that_of_the_rings():
+    """By hand, 8 processes: the flat buffer twice but for an eighth; of each shape's updates, padded to a multiple of 8, 7 shares."""
+    cfg = tiny_config()
+    model = tiny_model()
+    rows = old_communication(OldStep(model, cfg, train_gpt.World()), 8)
+    numel = sum(p.numel() for p in model.parameters()) + 1
+    shapes = {(64, 24): 1, (24, 64): 1, (128, 64): 6, (64, 64): 3, (64, 128): 3}  # qkv and up have one shape
+    sent = [2 * 7 / 8 * 4 * numel, *(7 * -(-count // 8) * 4 * a * b for (a, b), count in shapes.items())]
+    assert sorted(size for _, size in rows) == pytest.approx(sorted(sent))
+
+
+@pytest.fixture(scope="module")
+def old_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A folder with the train_gpt.py of BEFORE_TRAINING_STEP; None where the history does not reach that far back."""
+    show = ["git", "-C", str(ROOT), "show", f"{BEFORE_TRAINING_STEP}:train_gpt.py"]
+    found = subprocess.run(show, capture_output=True, check=False)
+    if found.returncode:
+        return None
+    folder = tmp_path_factory.mktemp("old")
+    (folder / "train_gpt.py").write_bytes(found.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(data_dir, old_checkout, tmp_path_factory) -> tuple[str, dict]:
+    """One run of everything: (what it prints, its JSON)."""
+    folder = tmp_path_factory.mktemp("bench")
+    env = TINY | {"NUM_LAYERS": "2", "DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
+    argv = [str(ROOT / "bench" / "step.py"), "--with", "MLP_MULT=3", "SEED=8", "--with", "MODEL_DIM=63", "--json", "bench.json"]
+    argv += ["--against", str(old_checkout)] if old_checkout else []
+    argv += "--step --eval --world 8 --rounds 2 --steps 2 --warmup 1 --at-once 3 --eval-windows 9 --plain-windows 9 --cpu-peak-size 128".split()
+    done = launch(env, folder, argv=argv)
+    assert done.returncode == 3, done.stderr  # one arm failed
+    return done.stdout, json.loads((folder / "bench.json").read_text())
+
+
+def test_arms_take_turns_and_a_bad_one_is_named(measured):
+    out, found = measured
+    arms = [found["arms"][name] for name in found["arms"]]
+    orders = [arm["order"] for arm in arms]
+    rounds = [sorted(turn) for turn in zip(*orders, strict=True)]
+    assert rounds == [list(range(i * len(arms), (i + 1) * len(arms))) for i in range(2)]  # all of a round before any of the next
+    assert orders[0][0] == 0 and orders[0][1] != len(arms)  # and another one first
+    assert list(found["failed"]) == ["MODEL_DIM=63"] and "FAILED MODEL_DIM=63: MODEL_DIM=63: expected a multiple" in out
+    assert "shards of DATA_PATH" in out
+
+
+def test_figures_of_a_step_follow_from_its_time(measured):
+    out, found = measured
+    for name in ("this checkout", "MLP_MULT=3 SEED=8"):
+        arm = found["arms"][name]
+        assert arm["ms"] > 0 and arm["tokens_s"] == pytest.approx(256_000 / arm["ms"]) and arm["unit_ms"] == pytest.approx(256 * arm["ms"])
+        assert arm["flops_s"] == pytest.approx(arm["tokens_s"] * sum(arm["flops"].values()))
+        assert arm["share_of_peak"] == pytest.approx(arm["flops_s"] / arm["peak_flops_s"])
+        assert f"| {name} | {arm['ms']:.2f} (" in out
+    # 64 x 64 more weights in each of two matrices of two layers
+    base, wider = (sum(found["arms"][name]["flops"].values()) for name in ("this checkout", "MLP_MULT=3 SEED=8"))
+    assert wider - base == 6 * 64 * 64 * 2 * 2
+
+
+def test_kernel_groups_add_up_to_the_wall_time(measured):
+    out, found = measured
+    for arm in found["arms"].values():
+        groups, wall = arm["profile"]["groups"], arm["profile"]["wall_ms"]
+        assert tuple(groups) == GROUPS and sum(groups.values()) == pytest.approx(wall, rel=1e-6)
+        for name in GROUPS:
+            assert groups[name] > 0 or name in ("communication", "other GEMMs"), name
+        assert groups["communication"] == 0
+    assert all(f"\n| {name} | " in out for name in (*GROUPS, "wall"))
+
+
+def test_fast_evaluation_agrees_with_the_plain_one(measured):
+    _, found = measured
+    for arm in found["arms"].values():
+        for stride, windows in (("32", 9), ("8", 9)):
+            score = arm["evaluation"][stride]
+            assert score["plain"]["windows"] == score["fast"]["windows"] == windows
+            assert score["plain"]["targets"] == 32 + 8 * int(stride) and score["plain"]["rows"] == 1 and score["plain_batched"]["rows"] == 9
+            assert abs(score["plain"]["difference"]) < 1e-5 and abs(score["plain_batched"]["difference"]) < 1e-5
+            assert score["plain"]["bpb"] == pytest.approx(score["fast"]["bpb"], abs=1e-5) and score["fast"]["batches"] >= 2
+
+
+def test_an_older_checkout_is_measured_beside_this_one(measured, old_checkout):
+    """Same seed, same drawn weights, same tokens: the first loss is the same mathematics in both."""
+    if old_checkout is None:
+        pytest.skip(f"commit {BEFORE_TRAINING_STEP} is not in this clone's history")
+    _, found = measured
+    old, new = found["arms"][str(old_checkout)], found["arms"]["this checkout"]
+    assert old["first_loss"] == pytest.approx(new["first_loss"], abs=1e-4) and old["flops"] == new["flops"]
+    assert old["communication"] and old["ratio"][1] > 0 and "TrainingStep" not in (old_checkout / "train_gpt.py").read_text()
+
+
+FAKE_TRAINER = """
+import os, pathlib, sys, time
+cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "compiled")
+if os.environ["DATA_PATH"].endswith("missing"):
+    sys.exit("train_gpt.py: DATA_PATH: no shards")
+if not cache.exists():
+    time.sleep(0.5)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.touch()
+print("startup: compiled")
+time.sleep(0.25)
+print("step:1/3 loss:9.0000 t:250ms avg:250.0ms", flush=True)
+time.sleep(60)
+"""
+
+
+def test_startup_is_measured_cold_then_warm(tmp_path):
+    """A stand-in for the trainer: the first launch compiles for half a second; the step's own quarter is not start-up."""
+    (tmp_path / "train_gpt.py").write_text(FAKE_TRAINER)
+    cold, warm = startup(Arm("fake", tmp_path, {"DATA_PATH": "here"}, tmp_path), tmp_path)
+    assert cold["s"] - warm["s"] == pytest.approx(0.5, abs=0.4) and warm["said"] == "startup: compiled" and warm["s"] >= 0
+    with pytest.raises(ArmFailed, match="no shards"):
+        startup(Arm("fake", tmp_path, {"DATA_PATH": "missing"}, tmp_path), tmp_path)
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    for argv, message in ((["--with", "MLP_MULT"], "--with MLP_MULT: expected KEY=VALUE"), (["--rounds", "0"], "--rounds 0: expected at least 1")):
+        done = subprocess.run([sys.executable, str(ROOT / "bench" / "step.py"), *argv], capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
