@@ -287,23 +287,23 @@ class Bench:
 
     def measure_evaluation(self) -> None:
         for arms in self.groups():
-            gpu, seq_len = self.base.info["device"] == "cuda", self.base.info["seq_len"]
-            windows = self.args.eval_windows or (4096 if gpu else 32)
-            for stride in (seq_len, self.args.stride or self.base.info["stride"]):
-                tokens = seq_len + stride * (windows - 1)
+            info = self.base.info
+            gpu, windows = info["device"] == "cuda", self.args.eval_windows or (4096 if info["device"] == "cuda" else 32)
+            for length, stride in ((info["seq_len"],) * 2, (info["window"], self.args.stride or info["stride"])):
+                tokens = length + stride * (windows - 1)
                 self.together(arms, "evaluate", stride=stride, tokens=tokens)  # compiles
                 fast = self.alternate_scores(arms, stride, tokens)
                 plain = {}
                 for arm in list(arms):
                     with self.surviving(arms, arm):
                         plain[arm.name] = self.plain(arm, stride, gpu)
-                self.print_evaluation(arms, stride, fast, plain)
+                self.print_evaluation(arms, (length, stride), fast, plain)
 
-    def print_evaluation(self, arms: list[Arm], stride: int, fast: dict[str, dict], plain: dict[str, list[dict]]) -> None:
-        print(f"evaluation, windows of {self.base.info['seq_len']} every {stride} targets\n")
+    def print_evaluation(self, arms: list[Arm], window: tuple[int, int], fast: dict[str, dict], plain: dict[str, list[dict]]) -> None:
+        print(f"evaluation, windows of {window[0]} every {window[1]} targets\n")
         table(["arm", "path", "ms a batch", "windows a batch", "windows/s", "tokens/s", "full split, 1 process", f"{GPUS} processes",
                "time against plain, batched", "fast path's time against this checkout (quartiles)"],
-              [row for arm in arms for row in self.evaluation_rows(arm, stride, fast, plain[arm.name])])  # fmt: skip
+              [row for arm in arms for row in self.evaluation_rows(arm, window, fast, plain[arm.name])])  # fmt: skip
         unit = "token" if self.base.info["synthetic"] else "byte"
         table(["arm", "windows", "targets", f"plain, bits per {unit}", "fast - plain", "fast - plain, batched"],
               ([arm.name, f"{one['windows']:,}", f"{one['targets']:,}", f"{one['bpb']:.6f}", f"{one['difference']:+.1e}", f"{many['difference']:+.1e}"]
@@ -325,8 +325,8 @@ class Bench:
         windows = self.args.plain_windows or (256 if gpu else 8)
         return [arm.ask("plain", stride=stride, windows=windows, rows=rows) for rows in (1, windows)]
 
-    def evaluation_rows(self, arm: Arm, stride: int, fast: dict[str, dict], plain: list[dict]) -> list[list[str]]:
-        own, base, seq_len = fast[arm.name], fast[self.base.name], arm.info["seq_len"]
+    def evaluation_rows(self, arm: Arm, window: tuple[int, int], fast: dict[str, dict], plain: list[dict]) -> list[list[str]]:
+        own, base = fast[arm.name], fast[self.base.name]
         own["s"] = float(np.median(own["rounds"]))
         low, ratio, high = quartiles(a / b for a, b in zip(own["rounds"], base["rounds"], strict=True))
         paths = [("fast", own, own["batches"], own["batch"]), ("plain", plain[0], plain[0]["windows"], 1),
@@ -334,12 +334,12 @@ class Bench:
         rows, batched = [], plain[1]["s"] / plain[1]["windows"]
         for path, p, batches, size in paths:
             rate = p["windows"] / p["s"]
-            full_s = full_windows(seq_len, stride) / rate
+            full_s = full_windows(*window) / rate
             against = f"{ratio:.4f} ({low:.4f} to {high:.4f})" if path == "fast" and arm is not self.base else ""
             rows.append([arm.name, path, f"{1000 * p['s'] / batches:.2f}" if batches else "-", f"{size or '-'}", f"{rate:,.1f}",
-                         f"{rate * seq_len:,.0f}", f"{full_s:,.1f} s", f"{full_s / GPUS:,.1f} s", f"{1 / rate / batched:.3f}", against])  # fmt: skip
+                         f"{rate * window[0]:,.0f}", f"{full_s:,.1f} s", f"{full_s / GPUS:,.1f} s", f"{1 / rate / batched:.3f}", against])  # fmt: skip
         record = {"fast": own, "plain": plain[0], "plain_batched": plain[1], "ratio": [low, ratio, high]}
-        self.results["arms"].setdefault(arm.name, {}).setdefault("evaluation", {})[str(stride)] = record
+        self.results["arms"].setdefault(arm.name, {}).setdefault("evaluation", {})[str(window[1])] = record
         return rows
 
     # ---- communication and start-up
@@ -347,11 +347,15 @@ class Bench:
     def print_communication(self) -> None:
         for arms in self.groups():
             for name, answer in self.together(arms, "communication", world_size=self.args.world).items():
-                rows = [*answer["rows"], ["sum", sum(size for _, size in answer["rows"])]]
+                same = [(what, [size for other, size in answer["rows"] if other == what]) for what in dict.fromkeys(w for w, _ in answer["rows"])]
+                rows = [[f"{what}, {len(sizes)} calls" if len(sizes) > 1 else what, sum(sizes), sent_bytes(what, sum(sizes), self.args.world)]
+                        for what, sizes in same]  # fmt: skip
+                rows.append(["sum", *(sum(row[i] for row in rows) for i in (1, 2))])
                 self.results["arms"].setdefault(name, {})["communication"] = rows
                 print(f"{name}: a step at {self.args.world} processes, sent by each; computed, not measured\n")
-                table(["what", "MB sent", *(f"ms at {speed} GB/s" for speed in BUS_BANDWIDTHS_GB_S)],
-                      ([what, f"{size / 1e6:.2f}", *(f"{size / speed / 1e6:.3f}" for speed in BUS_BANDWIDTHS_GB_S)] for what, size in rows))  # fmt: skip
+                table(["what", "MB in all", "MB sent", *(f"ms at {speed} GB/s" for speed in BUS_BANDWIDTHS_GB_S)],
+                      ([what, f"{size / 1e6:.2f}", f"{sent / 1e6:.2f}", *(f"{sent / speed / 1e6:.3f}" for speed in BUS_BANDWIDTHS_GB_S)]
+                       for what, size, sent in rows))  # fmt: skip
 
     def measure_startup(self) -> None:
         rows = []
@@ -365,6 +369,12 @@ class Bench:
             self.results["arms"].setdefault(arm.name, {})["startup"] = {"cold": cold, "warm": warm}
             rows.append([arm.name, f"{cold['s']:.2f}", f"{warm['s']:.2f}", warm["said"]])
         table(["arm", "seconds from launch to the first timed step, cold cache", "warm cache", "its own account, warm"], rows)
+
+
+def sent_bytes(what: str, size: float, world_size: int) -> float:
+    """What a process sends in a ring for a collective of `size` bytes in all."""
+    ways = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+    return ways[what.split(" ")[0]] * (world_size - 1) / world_size * size
 
 
 def full_windows(seq_len: int, stride: int) -> int:

@@ -10,9 +10,11 @@ Works with checkouts from bc9fca9 on: one without `TrainingStep` gets its step p
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -28,10 +30,9 @@ sys.path.insert(0, sys.argv[1] if __name__ == "__main__" else str(Path(__file__)
 import numpy as np
 import torch
 from kernel_groups import FORWARD, REGION, Shapes, read_trace
-from parity import trained_looking_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import train_gpt as t  # before parity, which would take the one beside it
+import train_gpt as t
 
 SYNTHETIC_TOKENS = 1 << 22
 TEMPERATURE = 0.95  # of the evaluated model, as calibration would set it: not 1, so that the sliding score's division takes part
@@ -53,7 +54,7 @@ class OldStep:
     """What a checkout before `TrainingStep` ran as a step: its train()'s take_step."""
 
     def __init__(self, model: t.GPT, cfg: t.Config, world: t.World) -> None:
-        self.cfg, self.model, (self.micro_batches, _) = cfg, model, t.batch_layout(cfg, world.size)
+        self.cfg, self.model, self.micro_batches = cfg, model, t.batch_layout(cfg, world.size)[0]
         self.optimizers, self.grads = t.build_optimizers(model, cfg, world), t.Gradients(model, world)
         self.loss_function = t.compiled(t.training_loss, cfg, world)
 
@@ -98,34 +99,37 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def matrices(module: torch.nn.Module) -> Iterator[t.QuantizedLinear]:
-    return (m for m in module.modules() if isinstance(m, t.QuantizedLinear))
-
-
 @torch.no_grad()
-def block_uses(model: t.GPT, device: torch.device) -> list[int]:
-    """How often a forward pass runs each block: more than once where depth is recurrent."""
-    uses = [0] * len(model.blocks)
-    hooks = [block.register_forward_hook(lambda *_, i=i: uses.__setitem__(i, uses[i] + 1)) for i, block in enumerate(model.blocks)]
-    model.hidden(torch.zeros(1, model.cfg.train_seq_len, dtype=torch.int64, device=device))
+def module_calls(model: t.GPT, device: torch.device) -> collections.Counter:
+    """How often a training step's forward pass, plain, calls each module: blocks more than once where depth is recurrent."""
+    calls: collections.Counter = collections.Counter()
+    hooks = [module.register_forward_hook(lambda module, *_: calls.update([module])) for module in model.modules()]
+    training = {"training": True} if "training" in inspect.signature(model.hidden).parameters else {}
+    model.logits(model.hidden(torch.zeros(1, model.cfg.train_seq_len, dtype=torch.int64, device=device), **training))
     for hook in hooks:
         hook.remove()
-    return uses
+    return calls
 
 
 def flops_a_token(model: t.GPT, device: torch.device) -> dict[str, float]:
     """Model FLOPs of forward and backward for a token, by structure: what the mathematics needs, whatever a kernel does.
 
-    6 a weight of every matrix that multiplies the token (2 forward, 2 for each of its gradients; the tied table counts once, as
-    the head, since its lookup multiplies nothing); causal attention 12 * C * H * (T / 2): two products forward, twice that back.
+    6 a weight of every matrix that multiplies the token (2 forward, 2 for each of its gradients; a table counts as the head,
+    not for its lookup, which multiplies nothing). Causal attention: 12 * C * H a key seen (two products forward, four back),
+    T / 2 keys on average, or W - W^2 / 2T where they end W positions back. Not counted: what options add to the loss alone, and what
+    they multiply without a `QuantizedLinear`.
     """
-    cfg = model.cfg
-    uses = block_uses(model, device)
-    blocks = list(zip(model.blocks, uses, strict=True))
-    within = sum(n * sum(m.weight.numel() for m in matrices(block)) for block, n in blocks)
-    attention = sum(n * m.head_dim * m.heads[0] for block, n in blocks for m in block.modules() if isinstance(m, t.Attention))
-    outside = sum(m.weight.numel() for m in matrices(model)) - sum(m.weight.numel() for m in matrices(model.blocks))
-    return {"blocks": 6.0 * within, "head and projections": 6.0 * outside, "attention": 6.0 * cfg.train_seq_len * attention}
+    cfg, calls = model.cfg, module_calls(model, device)
+    window = getattr(cfg, "attention_window", 0) or cfg.train_seq_len
+    keys, found = window - window**2 / 2 / cfg.train_seq_len, dict.fromkeys(("blocks", "head and projections", "attention"), 0.0)
+    inner = {module: calls[block] for block in model.blocks for module in block.modules()}
+    for module in model.modules():
+        if isinstance(module, t.QuantizedLinear):  # a fused block does not call its matrices
+            part, uses = ("blocks", inner[module]) if module in inner else ("head and projections", calls[module])
+            found[part] += 6.0 * module.weight.numel() * uses
+        elif isinstance(module, t.Attention):
+            found["attention"] += 12.0 * module.head_dim * module.heads[0] * keys * inner[module]
+    return found
 
 
 def matmul_shapes(model: t.GPT) -> Shapes:
@@ -134,17 +138,16 @@ def matmul_shapes(model: t.GPT) -> Shapes:
     return Shapes(tuple({shape for ternary, shape in owners if ternary}), tuple(small), model.cfg.vocab_size)
 
 
-def old_communication(step: OldStep, world_size: int) -> list[tuple[str, float]]:
-    """(what, bytes that a process sends) of a step before `TrainingStep.communication`: one all-reduce, a gather a shape."""
-    others = (world_size - 1) / world_size
+def old_communication(step: OldStep, world_size: int) -> list[tuple[str, int]]:
+    """(what, bytes of the whole) as `TrainingStep.communication` has it, of a step before it: one all-reduce, a gather a shape."""
     flat = step.grads._flat
-    rows = [(f"all-reduce of gradients ({flat.numel():,} x {str(flat.dtype)[6:]})", 2 * others * flat.numel() * flat.element_size())]
+    rows = [(f"all-reduce of gradients ({flat.numel():,} x {str(flat.dtype)[6:]})", flat.numel() * flat.element_size())]
     for opt in step.optimizers:
         for group in opt.param_groups if isinstance(opt, t.NeoMuon) else ():
             params = group["params"]
             share, p = -(-len(params) // world_size), params[0]
             what = f"all-gather of updates, {len(params)} of {' x '.join(map(str, p.shape))} ({str(p.dtype)[6:]})"
-            rows.append((what, (world_size - 1) * share * p.numel() * p.element_size()))
+            rows.append((what, world_size * share * p.numel() * p.element_size()))
     return rows
 
 
@@ -170,10 +173,10 @@ def counted_batches() -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def plain_nats(model: t.GPT, val: t.ValidationSet, stride: int, rows: int) -> float:
-    """Nats of every target of the split: uncompiled, `rows` windows at a time, all logits of each."""
-    seq_len = model.cfg.train_seq_len
-    temperature = model.temperature if stride < seq_len else torch.ones_like(model.temperature)
+def plain_nats(model: t.GPT, val: t.ValidationSet, window: tuple[int, int], rows: int) -> float:
+    """Nats of every target of the split: uncompiled, `rows` windows (length, stride) at a time, all logits of each."""
+    seq_len, stride = window
+    temperature = torch.ones_like(model.temperature) if stride == model.cfg.train_seq_len else model.temperature
     total = torch.zeros((), dtype=torch.float64, device=val.tokens.device)
     plan = list(zip(*(a.tolist() for a in t.window_plan(val.num_targets, seq_len, stride)), strict=True))
     for i in range(0, len(plan), rows):
@@ -201,11 +204,18 @@ class Worker:
         dtype = t.compute_dtype(self.cfg.precision, self.device)
         return {"torch": torch.__version__, "device": self.device.type, "gpu": t.gpu_name(self.world), "dtype": str(dtype)[6:],
                 "threads": torch.get_num_threads(), "step_tokens": self.cfg.train_batch_tokens, "seq_len": self.cfg.train_seq_len,
-                "stride": self.cfg.sliding_eval_stride, "synthetic": self.synthetic,
+                "stride": getattr(self.cfg, "score_stride", self.cfg.sliding_eval_stride),
+                "window": self.window(0), "synthetic": self.synthetic,
                 "attention": "FlashAttention-3" if t.flash_attention_3(self.cfg) else "PyTorch SDPA"}  # fmt: skip
+
+    def window(self, stride: int) -> int:
+        """Targets of an evaluation window."""
+        return self.cfg.train_seq_len if stride == self.cfg.train_seq_len else getattr(self.cfg, "score_window", self.cfg.train_seq_len)
 
     @functools.cached_property
     def model(self) -> t.GPT:
+        from parity import trained_looking_model  # now that train_gpt is loaded: alone it would take the one beside it
+
         return trained_looking_model(self.cfg).to(self.device)
 
     @functools.cached_property
@@ -223,7 +233,7 @@ class Worker:
         """Counts by structure: parameters, FLOPs a token by part, micro-batches of a step."""
         flops = flops_a_token(self.model, self.device)
         return {"params": t.count_parameters(self.model)[0], "flops": flops, "zero_frac": t.zero_fraction(self.model),
-                "micro_batches": self.step.micro_batches}  # fmt: skip
+                "micro_batches": t.batch_layout(self.cfg, 1)[0]}  # fmt: skip
 
     def peak(self, size: int, count: int) -> dict:
         """FLOP/s of a square matrix product of random numbers: the best of `count`, after as many to warm up."""
@@ -275,10 +285,10 @@ class Worker:
         return {"groups": {name: ms / count for name, ms in groups.items()}, "wall_ms": wall / count}
 
     def communication(self, world_size: int) -> dict:
-        """[what, bytes a process sends] of a step at `world_size` processes, from the step's own buffers."""
+        """[what, bytes of the whole] of every collective of a step at `world_size` processes, from the step's own buffers."""
         ask = getattr(self.step, "communication", None)
         rows = ask(world_size) if ask else old_communication(self.step, world_size)
-        return {"rows": [[what, float(size)] for what, size in rows]}
+        return {"rows": [[what, size] for what, size in rows]}
 
     @functools.cached_property
     def loaded(self) -> t.GPT:
@@ -304,28 +314,33 @@ class Worker:
         return nats, clock.finish()
 
     def evaluate(self, stride: int, tokens: int) -> dict:
-        """The fast path on the first `tokens` of the validation split: seconds, windows, windows a batch, nats, bits per byte."""
+        """The fast path on the first `tokens` of the validation split: seconds, windows, windows a batch, nats, bits per byte.
+
+        `batch` and `batches` are those of the compiled function: some versions score the first window alone, without it.
+        """
         model, val = self.loaded, self.validation(tokens)
         with counted_batches() as sizes:
             (nats, bpb), seconds = self._timed(lambda: t.evaluate(model, val, self.cfg, self.world, stride))
-        return {"s": seconds, "windows": len(t.window_plan(val.num_targets, self.cfg.train_seq_len, stride)[0]), "targets": val.num_targets,
-                "batch": max(sizes, default=0), "batches": len(sizes), "nats": nats, "bpb": bpb}  # fmt: skip
+        windows = len(t.window_plan(val.num_targets, self.window(stride), stride)[0])
+        return {"s": seconds, "windows": windows, "targets": val.num_targets, "batch": max(sizes, default=0), "batches": len(sizes),
+                "nats": nats, "bpb": bpb}  # fmt: skip
 
     def plain(self, stride: int, windows: int, rows: int) -> dict:
         """The plain path on the first `windows` windows, `rows` at a time, and the fast path's score of the same targets."""
-        model, tokens = self.loaded, self.cfg.train_seq_len + stride * (windows - 1)
-        val = self.validation(tokens)
-        rows = max(1, min(rows, self.cfg.micro_batch_tokens // self.cfg.train_seq_len))
-        plain_nats(model, val._replace(tokens=val.tokens[: self.cfg.train_seq_len + 1]), stride, 1)  # loads kernels
-        nats, seconds = self._timed(lambda: plain_nats(model, val, stride, rows))
+        model, length = self.loaded, self.window(stride)
+        val = self.validation(length + stride * (windows - 1))
+        rows = max(1, min(rows, self.cfg.micro_batch_tokens // length))
+        plain_nats(model, val._replace(tokens=val.tokens[: length + 1]), (length, stride), 1)  # loads kernels
+        nats, seconds = self._timed(lambda: plain_nats(model, val, (length, stride), rows))
         bpb = nats / math.log(2) / val.num_bytes
-        return {"s": seconds, "rows": rows, "windows": len(t.window_plan(val.num_targets, self.cfg.train_seq_len, stride)[0]), "bpb": bpb,
-                "difference": self.evaluate(stride, tokens)["bpb"] - bpb, "targets": val.num_targets}  # fmt: skip
+        return {"s": seconds, "rows": rows, "windows": len(t.window_plan(val.num_targets, length, stride)[0]), "bpb": bpb,
+                "difference": self.evaluate(stride, val.num_targets)["bpb"] - bpb, "targets": val.num_targets}  # fmt: skip
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what is printed here and by libraries must not get between the answers
+    assert Path(t.__file__).resolve().parent == Path(sys.argv[1]).resolve()
     worker = None
     for line in sys.stdin:
         request = json.loads(line)
