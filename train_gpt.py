@@ -96,6 +96,8 @@ class OptionalSettings:
     act_quant: Literal["none", "fp8"] = model_setting("none")
     # tokens that a token attends to, itself among them (0: all before it); the sliding score is then a single pass over long rows
     attention_window: int = model_setting(0)
+    parallel_blocks: bool = model_setting(False)  # attention and MLP side by side
+    attention_free_layers: int = model_setting(0)  # layers in the middle that are an MLP alone
     # companions of those switches: read with #640's command, without effect while the switch is off
     tversky_num_features: int = model_setting(0)  # 0: the prototypes themselves
     tversky_feature_pools: int = model_setting(0)  # sets of features that the blocks share in turn; 0: each has its own
@@ -945,7 +947,7 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + K + K, C)
         q, k, v = qk_norm_rope(qkv, as_stored(self.q_gain), self.rotary)
-        return normed_product(self.mix(q[:, -tail:], k, v).flatten(2), self.out)
+        return self.out(rms_norm(self.mix(q[:, -tail:], k, v).flatten(2)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
@@ -961,7 +963,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_mlp(x, self) if mlp_fuses(x, self) else normed_product(self.activation(self.up(x)), self.down)
+        return self.down(rms_norm(self.activation(self.up(x))))
 
 
 class Block(nn.Module):
@@ -1003,7 +1005,7 @@ class GPT(nn.Module):
         self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.embed_out = projection_kind(cfg)(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.output = output_table(cfg, self.table)  # the same table, unless an option unties them
-        self.blocks = share_features(nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers)), cfg)
+        self.blocks = share_features(nn.ModuleList(block_kind(cfg, i)(cfg, i) for i in range(cfg.num_layers)), cfg)
         self.skip_weights = nn.Parameter(torch.ones(count_skips(cfg), cfg.model_dim))
         self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
         self.refiner = Refiner(cfg) if cfg.refiner else nn.Identity()
@@ -1522,7 +1524,6 @@ if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only te
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
-        from triton.tools.tensor_descriptor import TensorDescriptor
 
 jit = triton.jit if triton else lambda function: function
 
@@ -1706,7 +1707,7 @@ def num_programs(x: Tensor) -> int:
 
 
 @jit
-def softcapped(logits, cap, POLY: tl.constexpr):
+def softcapped(logits, cap, POLY: tl.constexpr):  # noqa: N803
     """SOFTCAPS in float32, and their slopes. Comparisons, not minimum and maximum: those would hide a NaN."""
     u = logits / cap
     if POLY:  # beyond |u| = 2 it is clipped whether u is or not: it rises everywhere
@@ -2009,260 +2010,6 @@ class Fp8Product(StoredProduct):
 
     def forward(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
         return Fp8Matmul.apply(x, layer.weight, self.weight(layer, x.dtype), self.scales)
-
-
-class NormedMatmul(torch.autograd.Function):
-    """rms_norm(x) @ stored.T as rho * (x @ stored.T), rho the norm's factor of the row: the wide input is not written again.
-
-    With y = x @ stored.T and c = rho^3 (g . y) / in, the gradient of x is rho * (g @ stored) - c * x; it needs no sum over `in`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
-        y, rho = F.linear(x, stored), norm_factor(x.float().square().mean(-1, keepdim=True))
-        ctx.save_for_backward(x, y, rho, stored)
-        return (rho * y).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, y, rho, stored = ctx.saved_tensors
-        dx = rho * (g @ stored) - norm_slope(g, y, rho, x.size(-1)) * x
-        return dx.to(x.dtype), weight_gradient((rho * g).to(g.dtype).flatten(0, -2), x.flatten(0, -2)), None
-
-
-def norm_factor(mean_square: Tensor) -> Tensor:
-    return (mean_square + 1e-6).rsqrt()  # as in rms_norm
-
-
-def norm_slope(g: Tensor, y: Tensor, rho: Tensor, width: int) -> Tensor:
-    """c of NormedMatmul, (..., 1) float32."""
-    return rho**3 * (g.float() * y.float()).sum(-1, keepdim=True) / width
-
-
-def normed_product(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(rms_norm(x)); on a GPU with the norm after the product. On a CPU memory is not what limits it."""
-    if x.is_cuda and plain(layer, StoredProduct):
-        return NormedMatmul.apply(x, layer.weight, layer.stored(x.dtype))
-    return layer(rms_norm(x))
-
-
-def plain(layer: nn.Module, product: type) -> bool:
-    """Whether nothing but this product happens to the layer's input."""
-    return isinstance(layer, TernaryLinear) and type(layer.prepare) is nn.Identity and type(layer.product) is product
-
-
-class Tiles(NamedTuple):
-    """How a kernel cuts a product (M, K) @ (K, N): the tile of the result, bytes along K, and what shares the work."""
-
-    m: int
-    n: int
-    k_bytes: int
-    warps: int
-    stages: int
-    persistent: bool  # one program a processor, which loads the next tile while it writes one
-
-
-TILES = [Tiles(128, 256, 128, 8, 3, True), Tiles(128, 256, 128, 8, 4, True), Tiles(128, 128, 128, 8, 4, True),
-         Tiles(128, 256, 128, 8, 3, False), Tiles(128, 128, 128, 4, 4, False)]  # fmt: skip
-TUNED: dict[tuple, Tiles] = {}
-
-
-def tuned(key: tuple, x: Tensor, launch: Callable[[Tiles], None]) -> Tiles:
-    """The fastest of TILES for what `key` names, timed when it is first asked for: in the warm-up, before the clock starts."""
-
-    def seconds(tiles: Tiles) -> float:
-        try:
-            return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=25, return_mode="median")
-        except triton.runtime.errors.OutOfResources:  # another GPU may have less shared memory
-            return math.inf
-
-    key = (*key, x.dtype, x.device)
-    if key not in TUNED:
-        TUNED[key] = min(TILES, key=seconds) if x.is_cuda else TILES[0]
-    return TUNED[key]
-
-
-def tile_programs(x: Tensor, tiles: Tiles, count: int) -> int:
-    """Programs for `count` tiles of the result."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-    return min(count, processors) if tiles.persistent else count
-
-
-def described(x: Tensor, rows: int, columns: int) -> Any:
-    """x for the tensor memory accelerator, which loads and stores blocks of (rows, columns); outside of x it reads zeros."""
-    return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
-
-
-@jit
-def tile_product(a, b, i, j, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
-    """float32 tile (M, N) at (i, j) of a @ b, K at a time out of SIZE; ROWS: b is given as its columns (N, SIZE)."""
-    total = tl.zeros((M, N), tl.float32)
-    for k in range(0, SIZE, K):
-        if ROWS:
-            total = tl.dot(a.load([i, k]), b.load([j, k]).T, total)
-        else:
-            total = tl.dot(a.load([i, k]), b.load([k, j]), total)
-    return total
-
-
-@jit
-def halves(tile, M: tl.constexpr, N: tl.constexpr):
-    """(M, N) -> its left and right half: what follows then needs half of the registers and of the shared memory."""
-    return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
-
-
-@jit
-def store_relu2(tile, h, h8, sums, mask, i, j, scale, EIGHT: tl.constexpr):
-    """relu(tile)^2 to h at (i, j), its rows' sums of squares as stored to `sums`; EIGHT: also times `scale`, in 8 bits, to h8."""
-    value = tl.where(tile < 0, 0.0, tile)  # a NaN stays one
-    value *= value
-    kept = value.to(h.dtype)
-    h.store([i, j], kept)
-    tl.store(sums, tl.sum(kept.to(tl.float32) * kept.to(tl.float32), 1), mask)
-    if EIGHT:
-        value *= scale
-        h8.store([i, j], tl.where(value > 448, 448.0, value).to(h8.dtype))
-
-
-@jit
-def relu2_kernel(
-    x, w, h, h8, sums, scales, rows, N: tl.constexpr, SIZE: tl.constexpr, EIGHT: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """h (rows, N) = relu(x @ w.T)^2; sums (2 * tiles across, rows) of squares. scales: of the product, of h8."""
-    across: tl.constexpr = (N + TILE_N - 1) // TILE_N
-    scale, scale8 = 1.0, 1.0
-    if EIGHT:
-        scale, scale8 = tl.load(scales), tl.load(scales + 1)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TILE_M) * across, tl.num_programs(0), flatten=True):
-        i, j = tile // across * TILE_M, tile % across * TILE_N
-        total = tile_product(x, w, i, j, TILE_M, TILE_N, TILE_K, SIZE, True)
-        if EIGHT:
-            total *= scale
-        left, right = halves(total, TILE_M, TILE_N)
-        row = i + tl.arange(0, TILE_M)
-        cells = sums + (tile % across * 2) * rows + row
-        store_relu2(left, h, h8, cells, row < rows, i, j, scale8, EIGHT)
-        store_relu2(right, h, h8, cells + rows, row < rows, i, j + TILE_N // 2, scale8, EIGHT)
-
-
-@jit
-def store_gradient(tile, h, g, g8, rho, c, i, j, scale, EIGHT: tl.constexpr):
-    """2 sqrt(h) (rho * tile - c * h) to g at (i, j); EIGHT: also times `scale`, in 8 bits, to g8."""
-    post = h.load([i, j]).to(tl.float32)
-    value = 2 * tl.sqrt(post) * (rho[:, None] * tile - c[:, None] * post)
-    g.store([i, j], value.to(g.dtype))
-    if EIGHT:
-        value *= scale
-        value = tl.where(value > 57344, 57344.0, tl.where(value < -57344, -57344.0, value))
-        g8.store([i, j], value.to(g8.dtype))
-
-
-@jit
-def relu2_gradient_kernel(
-    dy, w, h, rho, c, g, g8, scales, rows, N: tl.constexpr, SIZE: tl.constexpr, EIGHT: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """g (rows, N), the gradient before relu^2, of dy @ w behind the norm. scales: of the product, of g8."""
-    across: tl.constexpr = (N + TILE_N - 1) // TILE_N
-    scale, scale8 = 1.0, 1.0
-    if EIGHT:
-        scale, scale8 = tl.load(scales), tl.load(scales + 1)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TILE_M) * across, tl.num_programs(0), flatten=True):
-        i, j = tile // across * TILE_M, tile % across * TILE_N
-        row = i + tl.arange(0, TILE_M)
-        factor, slope = tl.load(rho + row, row < rows, 0.0), tl.load(c + row, row < rows, 0.0)
-        total = tile_product(dy, w, i, j, TILE_M, TILE_N, TILE_K, SIZE, EIGHT)
-        left, right = halves(total, TILE_M, TILE_N)
-        store_gradient(left, h, g, g8, factor * scale, slope, i, j, scale8, EIGHT)
-        store_gradient(right, h, g, g8, factor * scale, slope, i, j + TILE_N // 2, scale8, EIGHT)
-
-
-def empty_relu2(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    h = x.new_empty(len(x), len(w), dtype=dtype)
-    h8 = torch.empty_like(h, dtype=torch.float8_e4m3fn) if scales is not None else h.new_empty(0)
-    return h, h8, x.new_empty(len(x), 1, dtype=torch.float32)
-
-
-@operator(empty_relu2)
-def relu2_product(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, in), w (out, in) -> h = relu(x @ w.T)^2 (N, out) in `dtype`, the same in 8 bits, the sums of h^2 (N, 1).
-
-    `scales` (2,), for 8-bit x and w alone: what the product and then h is multiplied with.
-    """
-    (h, h8, _), parts = empty_relu2(x, w, scales, dtype), []
-
-    def launch(t: Tiles) -> None:
-        k, across = t.k_bytes // x.element_size(), triton.cdiv(len(w), t.n)
-        parts[:] = [torch.empty(2 * across, len(x), device=x.device)]
-        outputs = described(h, t.m, t.n // 2), described(h if scales is None else h8, t.m, t.n // 2)
-        relu2_kernel[tile_programs(x, t, triton.cdiv(len(x), t.m) * across),](
-            described(x, t.m, k), described(w, t.n, k), *outputs, parts[0], parts[0] if scales is None else scales,
-            len(x), *w.shape, scales is not None, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
-
-    launch(tuned(("relu2", w.shape), x, launch))
-    return h, h8, parts[0].sum(0)[:, None]
-
-
-def empty_relu2_gradient(dy: Tensor, w: Tensor, h: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(h), torch.empty_like(h, dtype=torch.float8_e5m2) if rest[-1] is not None else h.new_empty(0)
-
-
-@operator(empty_relu2_gradient)
-def relu2_gradient(dy: Tensor, w: Tensor, h: Tensor, rho: Tensor, c: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """2 sqrt(h) (rho * (dy @ w) - c * h) as h (N, out), and in 8 bits: dy (N, in), w (in, out), rho and c (N, 1).
-
-    `scales` (2,), for 8-bit dy and w alone, w then transposed: what the product and then the gradient is multiplied with.
-    """
-    (g, g8), eight = empty_relu2_gradient(dy, w, h, rho, c, scales), scales is not None
-
-    def launch(t: Tiles) -> None:
-        k, half = t.k_bytes // dy.element_size(), t.n // 2
-        weight = described(w, t.n, k) if eight else described(w, k, t.n)
-        blocks = described(g, t.m, half), described(g8 if eight else g, t.m, half)
-        relu2_gradient_kernel[tile_programs(dy, t, triton.cdiv(len(h), t.m) * triton.cdiv(h.size(1), t.n)),](
-            described(dy, t.m, k), weight, described(h, t.m, half), rho, c, *blocks, scales if eight else rho,
-            len(h), h.size(1), dy.size(1), eight, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
-        )  # fmt: skip
-
-    launch(tuned(("relu2 gradient", w.shape), dy, launch))
-    return g, g8
-
-
-class FusedMLP(torch.autograd.Function):
-    """down(rms_norm(relu(up(x))^2)): the activation in the epilogue of `up`, the norm as in NormedMatmul, its gradient and the
-    activation's in the epilogue of one product. As wide as the hidden layer, one tensor is written forward and one backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:  # noqa: ARG004
-        """x (N, D), latent matrices, stored matrices (hidden, D) and (D, hidden)."""
-        h, _, squares = relu2_product(x, w_up, None, x.dtype)
-        y, rho = F.linear(h, w_down), norm_factor(squares / h.size(1))
-        ctx.save_for_backward(x, h, y, rho, w_up, w_down)
-        return (rho * y).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, h, y, rho, w_up, w_down = ctx.saved_tensors
-        c, g = norm_slope(g, y, rho, h.size(1)), g.contiguous()
-        d_hidden, _ = relu2_gradient(g, w_down, h, rho, c, None)
-        return d_hidden @ w_up, weight_gradient(d_hidden, x), weight_gradient((rho * g).to(g.dtype), h), None, None
-
-
-def mlp_fuses(x: Tensor, mlp: MLP) -> bool:
-    """Whether the MLP's two products run as FusedMLP. Not in float16, where h could overflow before its norm."""
-    layers = mlp.up, mlp.down
-    aligned = all(size * x.element_size() % 16 == 0 for size in mlp.down.weight.shape)  # rows for the memory accelerator
-    relu2 = mlp.activation is ACTIVATIONS["relu2"]
-    return kernels_run(x) and x.dtype != torch.float16 and relu2 and aligned and all(plain(m, StoredProduct) for m in layers)
-
-
-def fused_mlp(x: Tensor, mlp: MLP) -> Tensor:
-    """mlp(x) for x (..., D)."""
-    latent, stored = (mlp.up.weight, mlp.down.weight), (mlp.up.stored(x.dtype), mlp.down.stored(x.dtype))
-    return FusedMLP.apply(x.flatten(0, -2), *latent, *stored).view_as(x)
 
 
 # ---- 9 Artifact ------------------------------------------------------------------------------------------------------
@@ -3104,6 +2851,8 @@ class Extras:
 def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     """Ranges and combinations of OptionalSettings; `need` is that of check_config."""
     window, length = cfg.attention_window, cfg.train_seq_len
+    free = cfg.attention_free_layers
+    need(0 <= free < cfg.num_layers, "attention_free_layers", f"0 or more, below NUM_LAYERS={cfg.num_layers}")
     divides = window == 0 or 0 < window < length and length % window == 0
     need(divides, "attention_window", f"0, or a divisor of TRAIN_SEQ_LEN={length} below it")
     for name in ("training_depth_recurrence", "eval_depth_recurrence"):
@@ -3198,6 +2947,37 @@ def banded(attend: Callable, window: int) -> Callable:
         return torch.cat((first, others.view(batch, -1, *first.shape[2:])), dim=1)
 
     return attend_band
+
+
+def block_kind(cfg: Config, layer: int) -> type[Block]:
+    """The layers without attention are those in the middle."""
+    first = (cfg.num_layers - cfg.attention_free_layers) // 2
+    if first <= layer < first + cfg.attention_free_layers:
+        return AttentionFreeBlock
+    return ParallelBlock if cfg.parallel_blocks else Block
+
+
+class ParallelBlock(Block):
+    """Attention and MLP side by side on one normalized input (GPT-J; #1420 for the last layers): a norm and an addition less."""
+
+    def forward(self, x: Tensor, x0: Tensor, tail: int = 0) -> Tensor:
+        mix, attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        x = mix[0] * x + mix[1] * x0 if len(mix) else x
+        h = rms_norm(x)
+        return self.smear(x[:, -tail:] + attn_scale * self.attention(h, tail) + mlp_scale * self.mlp(h[:, -tail:]))
+
+
+class AttentionFreeBlock(Block):
+    """An MLP alone: attention is half of a layer's time for a quarter of its weights (modded-nanogpt skips it in one layer)."""
+
+    def __init__(self, cfg: Config, index: int) -> None:
+        super().__init__(cfg, index)
+        del self.attention, self.attn_scale
+
+    def forward(self, x: Tensor, x0: Tensor, tail: int = 0) -> Tensor:
+        mix, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.resid_mix, self.mlp_scale))
+        x = (mix[0] * x + mix[1] * x0 if len(mix) else x)[:, -tail:]
+        return self.smear(x + mlp_scale * self.mlp(rms_norm(x)))
 
 
 class BlockPass(NamedTuple):

@@ -130,7 +130,7 @@ def test_every_setting_is_read_somewhere():
         assert f.name in read or f"    {f.name}:" in inert, f.name
 
 
-def test_environment_is_read_in_two_places_only():
+def test_environment_is_read_in_few_places_only():
     tree = ast.parse((ROOT / "train_gpt.py").read_text())
     users = set()
     for function in ast.walk(tree):
@@ -138,4 +138,4 @@ def test_environment_is_read_in_two_places_only():
             for node in ast.walk(function):
                 if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                     users.add(function.name)
-    assert users <= {"from_env", "speaks"}
+    assert users <= {"from_env", "speaks", "keep_compiled"}  # the last one names the caches of compiled kernels

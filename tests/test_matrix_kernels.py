@@ -12,10 +12,7 @@ import train_gpt
 from train_gpt import (
     Config,
     Fp8Product,
-    FusedMLP,
-    NormedMatmul,
     TernaryLinear,
-    Tiles,
     UserError,
     World,
     fp8_weight,
@@ -27,8 +24,6 @@ from train_gpt import (
     to_fp8,
     training_loss,
 )
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batch(model, sequences=4, seed=5):
@@ -141,86 +136,3 @@ def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(UserError, match="ACT_QUANT='fp8'.*8.9"):
         Fp8Product(64, tiny_config()).refresh(torch.ones(16, 64).as_subclass(Cuda))
-
-
-# ---- the fused MLP
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Kernels compute for every tensor, on the CPU (in Triton's interpreter) and in 32 bits too, in tiles smaller than the tests' sizes."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
-    monkeypatch.setattr(train_gpt, "TILES", [Tiles(32, 32, 128, 4, 2, True)])
-    monkeypatch.setattr(train_gpt, "TUNED", {})
-
-
-def plain_mlp(x, up, down):
-    return rms_norm((x @ up.T).relu().square()) @ down.T
-
-
-def compare(function, reference, inputs, rtol=1e-4):
-    """function(*inputs) and its gradients against the reference in float64, in units of each result's largest element."""
-    ours = [t.clone().to(DEVICE).requires_grad_() for t in inputs]
-    exact = [t.double().requires_grad_() for t in inputs]
-    y, expected = function(*ours), reference(*exact)
-    g = torch.randn_like(expected)
-    results = zip([y, *torch.autograd.grad(y, ours, g.to(y))], [expected, *torch.autograd.grad(expected, exact, g)], strict=True)
-    for i, (a, b) in enumerate(results):
-        error = (a.detach().cpu().double() - b).abs().max() / b.abs().max()
-        assert a.isfinite().all() and error < rtol, (i, error.item())
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(40, 48, 72), (33, 36, 64), (64, 64, 32), (7, 80, 144)])
-def test_fused_mlp_is_the_plain_one_with_every_gradient(rows, width, hidden):
-    """Sizes that are no multiples of the tiles, weights of any size, and rows whose hidden layer is 0: the norm's eps decides."""
-    torch.manual_seed(rows)
-    x, up, down = torch.randn(rows, width), torch.randn(hidden, width) * 0.3, torch.randn(width, hidden)
-    up, x[:, 0] = up - 2 * (torch.arange(width) == 0), x[:, 0].abs()
-    x[3], x[5] = 0.0, -50 * up.sum(0).sign() * (torch.arange(width) != 0)
-    x[5, 0] = 1e4  # every unit is off
-    assert (x @ up.T).relu()[[3, 5]].abs().max() == 0
-    x[6] *= 1e-2  # h^2 about eps
-    compare(lambda x, up, down: FusedMLP.apply(x, up, down, up.detach(), down.detach()), plain_mlp, (x, up, down))
-
-
-def test_normed_matmul_is_norm_then_product_with_every_gradient():
-    torch.manual_seed(0)
-    x, w = torch.randn(5, 6, 32) * torch.tensor([0.0, 1e-3, 0.1, 1, 10, 1e3])[:, None], torch.randn(48, 32)
-    function = lambda x, w: NormedMatmul.apply(x, w, w.detach())
-    for form in (function, torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)):
-        compare(form, lambda x, w: rms_norm(x) @ w.T, (x, w))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_a_model_computes_the_same_through_the_fused_mlp(monkeypatch):
-    """Loss and all gradients of a whole model, fused and plain, eager and as one graph; the kernel is called in every block."""
-    results, calls = [], []
-    launched = train_gpt.relu2_product
-    monkeypatch.setattr(train_gpt, "relu2_product", lambda *a: calls.append(1) or launched(*a))
-    plain_function = train_gpt.training_loss
-    graph = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
-    for fuses, function in ((False, plain_function), (True, plain_function), (True, graph)):
-        model = tiny_model(softcap_type="tanh", num_layers=2)
-        monkeypatch.setattr(train_gpt, "kernels_run", lambda x, fuses=fuses: fuses and x.size(-1) == 64)
-        monkeypatch.setattr(train_gpt, "fused_loss", lambda *_: None)
-        x, y = batch(model)
-        loss, _ = function(model, x, y, 1e-4)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-        assert len(calls) == (0 if not fuses else 2) or function is graph
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
-
-
-@pytest.mark.usefixtures("kernels")
-def test_what_the_fused_mlp_does_not_cover_runs_plainly():
-    x = torch.randn(2, 64)
-    for settings in ({"activation": "relu"}, {"activation": "swiglu"}):
-        assert not train_gpt.mlp_fuses(x, tiny_model(num_layers=1, **settings).blocks[0].mlp), settings
-    mlp = tiny_model(num_layers=1).blocks[0].mlp
-    assert train_gpt.mlp_fuses(x, mlp) and not train_gpt.mlp_fuses(x.half(), mlp)
-    mlp.down.prepare = torch.nn.ReLU()
-    assert not train_gpt.mlp_fuses(x, mlp)

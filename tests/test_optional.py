@@ -56,6 +56,8 @@ OPTIONS = [
     {"attn_proj_type": "tversky", "tversky_num_features": 16, "tversky_feature_pools": 2, "tversky_membership": "poly"},
     {"logit_head_type": "tversky", "tversky_num_features": 16, "tversky_membership": "tanh"},
     {"logit_head_type": "tversky", "attn_proj_type": "tversky", "tversky_num_features": 8, "bigram_hash": 1, "refiner": 1},
+    {"parallel_blocks": 1, "attention_free_layers": 1},
+    {"attention_window": 8},
 ]
 named = {"ids": lambda settings: " ".join(f"{k}={v}" for k, v in settings.items())}
 
@@ -107,6 +109,9 @@ def test_an_option_is_trained_causal_and_comes_back_exactly(settings):
     ("settings", "named"),
     [
         ({"mlp_groups": "3"}, "MLP_GROUPS=3"),
+        ({"attention_window": "32"}, "ATTENTION_WINDOW=32"),
+        ({"attention_window": "12"}, "ATTENTION_WINDOW=12"),
+        ({"attention_free_layers": "3"}, "ATTENTION_FREE_LAYERS=3"),
         ({"mlp_groups": "4"}, "MLP_GROUPS=4"),  # 64 / 4 channels are no multiple of 32 weights a scale
         ({"refiner": "1", "refiner_kernel": "1"}, "REFINER_KERNEL=1"),
         ({"training_depth_recurrence": "-1"}, "TRAINING_DEPTH_RECURRENCE=-1"),
@@ -391,3 +396,16 @@ def test_two_processes_train_and_evaluate_options_as_one_does(tmp_path):
     found = json.loads(done.stdout.split("losses ")[1])
     for settings, losses in zip(TOGETHER, found, strict=True):
         assert losses == pytest.approx(run_together(World(), settings), rel=1e-6), settings
+def test_parallel_and_attention_free_blocks_written_out():
+    model = tiny_model(parallel_blocks=1, attention_free_layers=1, unet=0)
+    x = tokens(model)
+    x0 = h = rms_norm(model.embed_in(model.table.stored(torch.float32)[x]))
+    for i, block in enumerate(model.blocks):
+        mix = as_stored(block.resid_mix)
+        h = mix[0] * h + mix[1] * x0
+        n = rms_norm(h)
+        if i != 1:
+            h = h + as_stored(block.attn_scale) * block.attention(n)
+        h = h + as_stored(block.mlp_scale) * block.mlp(n)
+    torch.testing.assert_close(model.hidden(x), rms_norm(h), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.hidden(x, tail=3), rms_norm(h)[:, -3:], rtol=1e-5, atol=1e-5)
