@@ -1783,14 +1783,14 @@ class FusedLoss(torch.autograd.Function):
 
 
 @jit
-def head_tile(ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, tokens):  # noqa: N803
+def head_tile(ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, tokens):
     """This program's tokens (ROWS,), the columns of half a head (BLOCK,), and which (token, column) there are."""
     token, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     return token, column, (token < tokens)[:, None] & (column < HALF)[None, :]
 
 
 @jit
-def normed_head(cells, valid, HALF: tl.constexpr):  # noqa: N803
+def normed_head(cells, valid, HALF: tl.constexpr):
     """RMS-normalized halves of a head, and 1 / RMS (ROWS, 1), in float32."""
     a = tl.load(cells, valid, 0.0).to(tl.float32)
     b = tl.load(cells + HALF, valid, 0.0).to(tl.float32)
@@ -1799,7 +1799,7 @@ def normed_head(cells, valid, HALF: tl.constexpr):  # noqa: N803
 
 
 @jit
-def rotated_head(source, target, cos, sin, gain, valid, HALF: tl.constexpr):  # noqa: N803
+def rotated_head(source, target, cos, sin, gain, valid, HALF: tl.constexpr):
     a, b, _ = normed_head(source, valid, HALF)
     tl.store(target, ((a * cos + b * sin) * gain).to(target.dtype.element_ty), valid)
     tl.store(target + HALF, ((b * cos - a * sin) * gain).to(target.dtype.element_ty), valid)
@@ -1821,7 +1821,7 @@ def qk_kernel(qkv, cos, sin, gain, q, k, tokens, T: tl.constexpr, H: tl.constexp
 
 
 @jit
-def rotated_head_backward(source, gradient, target, cos, sin, gain, valid, HALF: tl.constexpr):  # noqa: N803
+def rotated_head_backward(source, gradient, target, cos, sin, gain, valid, HALF: tl.constexpr):
     """Gradient of a head before norm, rotation and gain, stored; returns the gain's, a scalar."""
     a, b, r = normed_head(source, valid, HALF)
     da = tl.load(gradient, valid, 0.0).to(tl.float32)
