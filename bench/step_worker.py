@@ -128,7 +128,7 @@ def flops_a_token(model: t.GPT, device: torch.device) -> dict[str, float]:
             part, uses = ("blocks", inner[module]) if module in inner else ("head and projections", calls[module])
             found[part] += 6.0 * module.weight.numel() * uses
         elif isinstance(module, t.Attention):
-            found["attention"] += 12.0 * module.head_dim * module.heads[0] * keys * inner[module]
+            found["attention"] += 12.0 * cfg.head_dim * cfg.num_heads * keys * inner[module]
     return found
 
 
