@@ -9,8 +9,8 @@ of operations decides the group; nothing has to be annotated inside a compiled g
 * matrix products: operand shapes (recorded by the profiler, for the kernels of torch.compile too). Which of the three passes:
   the one that contracts over the tokens is the weight gradient; of the two others the one in the backward pass is the input
   gradient. Shapes alone could not tell these two apart: up's forward is down's input gradient. A shape that contains the
-  vocabulary is the head; the model's own list of matrices tells ternary ones from the embedding's projections. A fused
-  kernel that is a matrix product says so in its name (MATMUL), and a weight gradient too (WEIGHT_GRADIENT);
+  vocabulary is the head; the model's own list of matrices tells ternary ones from the embedding's projections. So for
+  train_gpt.py's operators. A kernel launched outside one must say in its name that it is a product (MATMUL; WEIGHT_GRADIENT);
 * attention, loss, communication: by the names of the operations; everything else in forward or backward is elementwise.
 
 Kernels that overlap are counted once (the time goes to the one that started first), so groups and idle add up to the wall time.
@@ -39,6 +39,7 @@ ATTENTION = re.compile(r"scaled_dot_product|attention|flash|fmha|sdpa", re.I)
 HEAD = re.compile(r"embedding|lookup|logsumexp|log_softmax|cross_entropy|nll|softcap|loss", re.I)
 MATMUL = re.compile(r"\b(add|b|badd)?mm\b|_scaled_mm|matmul|gemm|nvjet|cutlass|splitk|triton_(tem_|mm)|linear|mlp|_mm_|_mm$", re.I)
 FUSED = re.compile(r"triton_(poi|red|per|for)_")  # torch.compile's own kernels are named after every operation fused into them
+OWN_OPERATOR = re.compile(r"(?!aten::|c10d::|autograd::|prim::)\w+::")
 WEIGHT_GRADIENT = re.compile(r"wgrad|weight_grad|_dw", re.I)
 
 
@@ -126,16 +127,18 @@ def product_group(dims: list, backward: bool, shapes: Shapes) -> str | None:
 
 
 def matmul_group(call: Call, backward: bool, shapes: Shapes) -> str | None:
-    """The group of a matrix product; None if the call is none."""
-    if FUSED.match(call.name) or not any(MATMUL.search(name) for name in (call.name, *(op.name for op in call.stack[:1]))):
+    """The group of a matrix product; None if the call is none. An operator of train_gpt.py is one if its operands are a product's."""
+    inner = call.stack[0].name if call.stack else ""
+    named = any(MATMUL.search(name) for name in (call.name, inner))
+    if FUSED.match(call.name) or not (named or OWN_OPERATOR.match(inner)):
         return None
     for op in call.stack:
         if group := product_group(op.dims, backward, shapes):
             return group
-    if re.match(r"_?[a-z0-9_]+$", call.name) and not call.name.startswith(("nvjet", "cutlass", "triton_")):
-        # a kernel of train_gpt.py: it has no shapes where it is launched outside a compiled graph
+    if named and re.match(r"_?[a-z0-9_]+$", call.name) and not call.name.startswith(("nvjet", "cutlass", "triton_")):
+        # a kernel of train_gpt.py: it has no shapes where it is launched outside an operator and a compiled graph
         return f"ternary GEMMs, {PASSES[0] if not backward else PASSES[2] if WEIGHT_GRADIENT.search(call.name) else PASSES[1]}"
-    return "other GEMMs"
+    return "other GEMMs" if named else None
 
 
 def group_of(call: Call, shapes: Shapes) -> str:

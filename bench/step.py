@@ -289,7 +289,8 @@ class Bench:
         for arms in self.groups():
             info = self.base.info
             gpu, windows = info["device"] == "cuda", self.args.eval_windows or (4096 if info["device"] == "cuda" else 32)
-            for length, stride in ((info["seq_len"],) * 2, (info["window"], self.args.stride or info["stride"])):
+            sliding = [(info["window"], stride) for stride in self.args.stride or [info["stride"]]]
+            for length, stride in [(info["seq_len"],) * 2, *sliding]:
                 tokens = length + stride * (windows - 1)
                 self.together(arms, "evaluate", stride=stride, tokens=tokens)  # compiles
                 fast = self.alternate_scores(arms, stride, tokens)
@@ -424,7 +425,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu-peak-size", type=int, default=1024, help="matrix product that is the peak of a CPU")
     parser.add_argument("--step", action="store_true", help="measure the training step (default unless another part is asked for)")
     parser.add_argument("--eval", action="store_true", help="measure evaluation")
-    parser.add_argument("--stride", type=int, default=0, help="of the sliding score (default SLIDING_EVAL_STRIDE)")
+    parser.add_argument("--stride", type=int, nargs="+", default=[], help="of the sliding score (default SLIDING_EVAL_STRIDE)")
     parser.add_argument("--eval-windows", type=int, default=0, help="scored by the fast path (default 4096 on a GPU, 32 on a CPU)")
     parser.add_argument("--plain-windows", type=int, default=0, help="scored by the plain path (default 256 on a GPU, 8 on a CPU)")
     parser.add_argument("--world", type=int, default=0, metavar="N", help="communication of a step at N processes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,13 @@ def test_kernels_of_a_gpu_trace_find_their_group(tmp_path):
         event("cpu_op", "aten::_scaled_dot_product_cudnn_attention", 60, 10),
         event("cpu_op", "triton_red_fused_add_7", 80, 10, **{"Input Dims": [[tokens, 1000], [tokens]]}),
         event("cpu_op", "aten::mm", 100, 10, **{"Input Dims": [[tokens, 64], [64, 32]]}),
+        event("cpu_op", "train_gpt::relu2_product", 130, 10, **{"Input Dims": [[tokens, 64], [256, 64], []]}),
+        event("cpu_op", "train_gpt::normed_rotated", 150, 10, **{"Input Dims": [[4, 1024, 6, 32], [1024, 16], [1024, 16], [4]]}),
         event("cpu_op", engine + "CompiledFunctionBackward", 220, 300, tid=2),
         event("cpu_op", "aten::mm", 230, 10, tid=2, **{"Input Dims": [[tokens, 64], up]}),
         event("cpu_op", "aten::mm", 250, 10, tid=2, **{"Input Dims": [[64, tokens], [tokens, 256]]}),
         event("cpu_op", "aten::_scaled_dot_product_cudnn_attention_backward", 270, 10, tid=2),
+        event("cpu_op", "train_gpt::relu2_gradient", 310, 10, tid=2, **{"Input Dims": [[tokens, 64], up, [tokens, 256], []]}),
         event("cpu_op", engine + "torch::autograd::AccumulateGrad", 540, 30, tid=2),
         event("cpu_op", "aten::bmm", 600, 10, **{"Input Dims": [[3, 64, 256], [3, *down]]}),
         event("cpu_op", "c10d::_allgather_base_", 620, 10, **{"External id": 77}),
@@ -70,6 +74,9 @@ def test_kernels_of_a_gpu_trace_find_their_group(tmp_path):
         ("nvjet_tst_splitK", 255, 2, 128, "ternary GEMMs, weight gradient"),
         ("cudnn_generated_sdpa_bprop", 275, 2, 256, "attention, backward"),
         ("triton_poi_fused_mul_9", 300, 2, 512, "elementwise, backward"),
+        ("relu2_kernel", 135, 1, 0.5, "ternary GEMMs, forward"),
+        ("qk_kernel", 155, 1, 0.25, "elementwise, forward"),
+        ("relu2_gradient_kernel", 315, 2, 0.125, "ternary GEMMs, input gradient"),
         ("vectorized_elementwise_kernel", 550, 2, 1024, "gradient accumulation"),
         ("nvjet_batched", 605, 1, 2048, "optimizer"),
     ]
@@ -232,3 +239,48 @@ def test_bad_arguments_are_one_line(tmp_path):
     for argv, message in ((["--with", "MLP_MULT"], "--with MLP_MULT: expected KEY=VALUE"), (["--rounds", "0"], "--rounds 0: expected at least 1")):
         done = subprocess.run([sys.executable, str(ROOT / "bench" / "step.py"), *argv], capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+STUB_PYTHON = """#!/usr/bin/env bash
+echo "$*|$DATA_PATH|$VOCAB_SIZE|$MAX_WALLCLOCK_SECONDS" >>calls
+case "$*" in
+  -c*) exec REAL "$@" ;;
+  *fast.env*) echo '{"half": 1}' >"${@: -1}"; exit 3 ;;
+  bench/step.py*) echo '{"ms": 1}' >"${@: -1}" ;;
+  bench/gemm.py) exit 9 ;;
+  train_gpt.py) mkdir -p logs
+    printf 'import this\\npython:3.12 torch\\nstep:1\\n' >"logs/$RUN_ID.txt"
+    touch "$ARTIFACT_PATH"; echo 'result {"run_id": "'"$RUN_ID"'", "steps": 7, "val_bpb": 1.23456}' ;;
+esac
+"""
+
+
+def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
+    """Every stage with a stub in the interpreter's place: what it calls, what it leaves behind, how it ends."""
+    for name in ("bench", "tools", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "python").write_text(STUB_PYTHON.replace("REAL", sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "carried" / "tokenizers").mkdir(parents=True)
+    (tmp_path / "carried" / "tokenizers" / "fineweb_8192_bpe.model").touch()
+    env = {"PATH": os.environ["PATH"], "PYTHON": "./python", "CORPUS": "carried", "OUT": "out", "BASELINE": "old", "SYSTEMS": "pr640 small",
+           "SYSTEM_SECONDS": "30", "LEVERS": "A=1 B=2\nC=3"}  # fmt: skip
+    (tmp_path / "configs" / "small.env").write_text("VOCAB_SIZE=512\n")
+    done = subprocess.run(["bash", "bench/gpu_queue.sh", "all"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60)
+    report = done.stdout.rsplit("==== stage | part | outcome\n", 1)[1].splitlines()
+    outcome = {tuple(line.split(" | ")[:2]): line.split(" | ")[2] for line in report}
+    bad = {key: text for key, text in outcome.items() if not text.startswith("ok, ")}
+    assert done.returncode == 1 and len(outcome) == 13, done.stderr
+    assert [text.split(" after")[0] for text in bad.values()] == ["FAILED: code 3", "FAILED: code 9", "not run: no shards of VOCAB_SIZE=512"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].startswith("tools/prepare_data.py text carried/corpus_train_") and "--out data/queue_sp8192" in calls[0]
+    assert any("--against old --with A=1 B=2 --with C=3 --json" in call for call in calls)
+    assert "train_gpt.py|data/queue_sp8192||120" in calls and "train_gpt.py|data/queue_sp8192||30" in calls
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["eval.txt", "figures.jsonl", "kernels.txt", "logs.txt", "parity.txt", "step.txt", "systems.txt", "train.txt"]
+    figures = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    assert [f["name"] for f in figures] == ["default", "pr640", "fast", "startup", "communication", "levers", "evaluation"]
+    assert "import this" not in (tmp_path / "out" / "logs.txt").read_text()
+    assert "| queue_pr640 | 7 | None | 1.2346 |" in (tmp_path / "out" / "systems.txt").read_text()
+    wrong = subprocess.run(["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "steps: expected parity step" in wrong.stderr
