@@ -127,7 +127,7 @@ class OptionalSettings:
     min_lr_ratio: float = 0.0  # of every learning rate, at the end of the warmdown
 
     # optimizers
-    muon_wd: float = 0.0
+    muon_wd: float = 0.0  # of every MATRIX_OPTIMIZER but adamw
     adam_lr: float = 0.05  # with adam_wd: only for MATRIX_OPTIMIZER=adamw
     adam_wd: float = 0.05
     grad_clip_norm: float = 0.0  # 0: off

@@ -80,8 +80,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it (on Linux): torchrun's workers lead sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [pid, *(p for child in (children.read_text().split() if children.exists() else []) for p in family(int(child)))]
+
+
 def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 90, argv: list[str] | None = None) -> subprocess.CompletedProcess:
-    """Run train_gpt.py (under torchrun for more than one process) in its own process group, which dies with the timeout."""
+    """Run train_gpt.py (under torchrun for more than one process); at the timeout it ends with all its workers."""
     script = argv or [str(ROOT / "train_gpt.py")]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
@@ -90,7 +96,9 @@ def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 
     try:
         out, err = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        for pid in family(child.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         out, err = child.communicate()
         raise AssertionError(f"timed out after {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
     return subprocess.CompletedProcess(script, child.returncode, out, err)

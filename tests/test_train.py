@@ -161,7 +161,7 @@ def broken_data(data_dir, tmp_path, tokens=None, cut=0):
 
 ERRORS = {
     "misspelt": (lambda *_: {"NUM_LAYRES": 4}, "NUM_LAYRES='4' is not a setting; did you mean NUM_LAYERS?"),
-    "value": (lambda *_: {"activation": "gelu"}, "ACTIVATION='gelu': expected one of relu2, relu, leaky_relu"),
+    "value": (lambda *_: {"activation": "geglu"}, "ACTIVATION='geglu': expected one of relu2, relu, leaky_relu"),
     "combination": (lambda *_: {"num_heads": 3}, "MODEL_DIM=64: expected a multiple of NUM_HEADS=3"),
     "no data": (lambda _, tmp: {"data_path": tmp / "none"}, "no fineweb_val_*.bin there"),
     "vocabulary": (lambda *_: {"vocab_size": 512}, "has 320 pieces, but VOCAB_SIZE=512"),
