@@ -947,7 +947,7 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + K + K, C)
         q, k, v = qk_norm_rope(qkv, as_stored(self.q_gain), self.rotary)
-        return self.out(rms_norm(self.mix(q[:, -tail:], k, v).flatten(2)))
+        return normed_product(self.mix(q[:, -tail:], k, v).flatten(2), self.out)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
@@ -963,7 +963,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(rms_norm(self.activation(self.up(x))))
+        return fused_mlp(x, self) if mlp_fuses(x, self) else normed_product(self.activation(self.up(x)), self.down)
 
 
 class Block(nn.Module):
@@ -1524,6 +1524,7 @@ if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only te
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
 jit = triton.jit if triton else lambda function: function
 
@@ -1946,12 +1947,19 @@ class Fp8Weight(NamedTuple):
     codes: Tensor  # (out, in) e4m3
     codes_t: Tensor  # (in, out) e4m3
     scale: Tensor  # (), a power of two
+    relu2_scale: Tensor  # (), the power of two that takes relu(x @ stored.T)^2 of any normalized x below 448
 
 
 def fp8_weight(stored: Tensor) -> Fp8Weight:
     """Exact while the matrix's scales lie within 2^13 of the largest; below, off by at most 2^-17 of the largest."""
     codes, scale = round_fp8(stored)
-    return Fp8Weight(codes, codes.t().contiguous(), scale)
+    # Cauchy and Schwarz: no output exceeds |row| |x|, |x|^2 = in. 1.14: x itself is rounded, by 1/16 at most and to bfloat16
+    largest = 1.14 * stored.size(1) * stored.float().square().sum(1).amax().clamp_min(2.0**-100)
+    return Fp8Weight(codes, codes.t().contiguous(), scale, floor_to_power_of_two(448 / largest))
+
+
+def floor_to_power_of_two(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def to_fp8(x: Tensor, scale: float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -2005,11 +2013,293 @@ class Fp8Product(StoredProduct):
 
     def weight(self, layer: QuantizedLinear, dtype: torch.dtype) -> Fp8Weight:
         """As refreshed last, or made for this one use."""
-        kept = Fp8Weight(self.codes, self.codes_t, self.scale)
+        kept = Fp8Weight(*(getattr(self, name) for name in Fp8Weight._fields))
         return kept if layer.operand is not None else fp8_weight(layer.stored(dtype))
 
     def forward(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
         return Fp8Matmul.apply(x, layer.weight, self.weight(layer, x.dtype), self.scales)
+
+
+class NormedMatmul(torch.autograd.Function):
+    """rms_norm(x) @ stored.T as rho * (x @ stored.T), rho the norm's factor of the row: the wide input is not written again.
+
+    With y = x @ stored.T and c = rho^3 (g . y) / in, the gradient of x is rho * (g @ stored) - c * x; it needs no sum over `in`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
+        y, rho = F.linear(x, stored), norm_factor(x.float().square().mean(-1, keepdim=True))
+        ctx.save_for_backward(x, y, rho, stored)
+        return (rho * y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, y, rho, stored = ctx.saved_tensors
+        dx = rho * (g @ stored) - norm_slope(g, y, rho, x.size(-1)) * x
+        return dx.to(x.dtype), weight_gradient((rho * g).to(g.dtype).flatten(0, -2), x.flatten(0, -2)), None
+
+
+def norm_factor(mean_square: Tensor) -> Tensor:
+    return (mean_square + 1e-6).rsqrt()  # as in rms_norm
+
+
+def norm_slope(g: Tensor, y: Tensor, rho: Tensor, width: int) -> Tensor:
+    """c of NormedMatmul, (..., 1) float32."""
+    return rho**3 * (g.float() * y.float()).sum(-1, keepdim=True) / width
+
+
+def normed_product(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(rms_norm(x)); on a GPU with the norm after the product. On a CPU memory is not what limits it."""
+    if x.is_cuda and x.dtype != torch.float16 and plain(layer, StoredProduct):  # float16 might overflow before the norm
+        return NormedMatmul.apply(x, layer.weight, layer.stored(x.dtype))
+    return layer(rms_norm(x))
+
+
+def plain(layer: nn.Module, product: type) -> bool:
+    """Whether nothing but this product happens to the layer's input."""
+    return isinstance(layer, TernaryLinear) and type(layer.prepare) is nn.Identity and type(layer.product) is product
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts a product (M, K) @ (K, N): the tile of the result, bytes along K, and what shares the work."""
+
+    m: int
+    n: int
+    k_bytes: int
+    warps: int
+    stages: int
+    persistent: bool  # one program a processor, which loads the next tile while it writes one
+
+
+TILES = [Tiles(128, 256, 128, 8, 3, True), Tiles(128, 256, 128, 8, 4, True), Tiles(128, 128, 128, 8, 4, True),
+         Tiles(128, 256, 128, 8, 3, False), Tiles(128, 128, 128, 4, 4, False)]  # fmt: skip
+TUNED: dict[tuple, Tiles] = {}
+
+
+def tuned(key: tuple, x: Tensor, launch: Callable[[Tiles], None]) -> Tiles:
+    """The fastest of TILES for what `key` names, timed when it is first asked for: in the warm-up, before the clock starts."""
+
+    def seconds(tiles: Tiles) -> float:
+        try:
+            return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=25, return_mode="median")
+        except triton.runtime.errors.OutOfResources:  # another GPU may have less shared memory
+            return math.inf
+
+    key = (*key, x.dtype, x.device)
+    if key not in TUNED:
+        TUNED[key] = min(TILES, key=seconds) if x.is_cuda else TILES[0]
+    return TUNED[key]
+
+
+def tile_programs(x: Tensor, tiles: Tiles, count: int) -> int:
+    """Programs for `count` tiles of the result."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    return min(count, processors) if tiles.persistent else count
+
+
+def described(x: Tensor, rows: int, columns: int) -> Any:
+    """x for the tensor memory accelerator, which loads and stores blocks of (rows, columns); outside of x it reads zeros."""
+    return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+@jit
+def tile_product(a, b, i, j, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """float32 tile (M, N) at (i, j) of a @ b, K at a time out of SIZE; ROWS: b is given as its columns (N, SIZE)."""
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(0, SIZE, K):
+        if ROWS:
+            total = tl.dot(a.load([i, k]), b.load([j, k]).T, total)
+        else:
+            total = tl.dot(a.load([i, k]), b.load([k, j]), total)
+    return total
+
+
+@jit
+def halves(tile, M: tl.constexpr, N: tl.constexpr):
+    """(M, N) -> its left and right half: what follows then needs half of the registers and of the shared memory."""
+    return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@jit
+def store_relu2(tile, h, h8, sums, mask, i, j, scale, EIGHT: tl.constexpr):
+    """relu(tile)^2 to h at (i, j), its rows' sums of squares as stored to `sums`; EIGHT: also times `scale`, in 8 bits, to h8."""
+    value = tl.where(tile < 0, 0.0, tile)  # a NaN stays one
+    value *= value
+    kept = value.to(h.dtype)
+    h.store([i, j], kept)
+    tl.store(sums, tl.sum(kept.to(tl.float32) * kept.to(tl.float32), 1), mask)
+    if EIGHT:
+        value *= scale
+        h8.store([i, j], tl.where(value > 448, 448.0, value).to(h8.dtype))
+
+
+@jit
+def relu2_kernel(
+    x, w, h, h8, sums, scales, rows, N: tl.constexpr, SIZE: tl.constexpr, EIGHT: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """h (rows, N) = relu(x @ w.T)^2; sums (2 * tiles across, rows) of squares. scales: of the product, of h8."""
+    across: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    scale, scale8 = 1.0, 1.0
+    if EIGHT:
+        scale, scale8 = tl.load(scales), tl.load(scales + 1)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TILE_M) * across, tl.num_programs(0), flatten=True):
+        i, j = tile // across * TILE_M, tile % across * TILE_N
+        total = tile_product(x, w, i, j, TILE_M, TILE_N, TILE_K, SIZE, True)
+        if EIGHT:
+            total *= scale
+        left, right = halves(total, TILE_M, TILE_N)
+        row = i + tl.arange(0, TILE_M)
+        cells = sums + (tile % across * 2) * rows + row
+        store_relu2(left, h, h8, cells, row < rows, i, j, scale8, EIGHT)
+        store_relu2(right, h, h8, cells + rows, row < rows, i, j + TILE_N // 2, scale8, EIGHT)
+
+
+@jit
+def store_gradient(tile, h, g, g8, rho, c, i, j, scale, EIGHT: tl.constexpr):
+    """2 sqrt(h) (rho * tile - c * h) to g at (i, j); EIGHT: also times `scale`, in 8 bits, to g8."""
+    post = h.load([i, j]).to(tl.float32)
+    value = 2 * tl.sqrt(post) * (rho[:, None] * tile - c[:, None] * post)
+    g.store([i, j], value.to(g.dtype))
+    if EIGHT:
+        value *= scale
+        value = tl.where(value > 57344, 57344.0, tl.where(value < -57344, -57344.0, value))
+        g8.store([i, j], value.to(g8.dtype))
+
+
+@jit
+def relu2_gradient_kernel(
+    dy, w, h, rho, c, g, g8, scales, rows, N: tl.constexpr, SIZE: tl.constexpr, EIGHT: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """g (rows, N), the gradient before relu^2, of dy @ w behind the norm. scales: of the product, of g8."""
+    across: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    scale, scale8 = 1.0, 1.0
+    if EIGHT:
+        scale, scale8 = tl.load(scales), tl.load(scales + 1)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TILE_M) * across, tl.num_programs(0), flatten=True):
+        i, j = tile // across * TILE_M, tile % across * TILE_N
+        row = i + tl.arange(0, TILE_M)
+        factor, slope = tl.load(rho + row, row < rows, 0.0), tl.load(c + row, row < rows, 0.0)
+        total = tile_product(dy, w, i, j, TILE_M, TILE_N, TILE_K, SIZE, EIGHT)
+        left, right = halves(total, TILE_M, TILE_N)
+        store_gradient(left, h, g, g8, factor * scale, slope, i, j, scale8, EIGHT)
+        store_gradient(right, h, g, g8, factor * scale, slope, i, j + TILE_N // 2, scale8, EIGHT)
+
+
+def empty_relu2(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    h = x.new_empty(len(x), len(w), dtype=dtype)
+    h8 = torch.empty_like(h, dtype=torch.float8_e4m3fn) if scales is not None else h.new_empty(0)
+    return h, h8, x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+@operator(empty_relu2)
+def relu2_product(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, in), w (out, in) -> h = relu(x @ w.T)^2 (N, out) in `dtype`, the same in 8 bits, the sums of h^2 (N, 1).
+
+    `scales` (2,), for 8-bit x and w alone: what the product and then h is multiplied with.
+    """
+    (h, h8, _), parts = empty_relu2(x, w, scales, dtype), []
+
+    def launch(t: Tiles) -> None:
+        k, across = t.k_bytes // x.element_size(), triton.cdiv(len(w), t.n)
+        parts[:] = [torch.empty(2 * across, len(x), device=x.device)]
+        outputs = described(h, t.m, t.n // 2), described(h if scales is None else h8, t.m, t.n // 2)
+        relu2_kernel[tile_programs(x, t, triton.cdiv(len(x), t.m) * across),](
+            described(x, t.m, k), described(w, t.n, k), *outputs, parts[0], parts[0] if scales is None else scales,
+            len(x), *w.shape, scales is not None, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+    launch(tuned(("relu2", w.shape), x, launch))
+    return h, h8, parts[0].sum(0)[:, None]
+
+
+def empty_relu2_gradient(dy: Tensor, w: Tensor, h: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(h), torch.empty_like(h, dtype=torch.float8_e5m2) if rest[-1] is not None else h.new_empty(0)
+
+
+@operator(empty_relu2_gradient)
+def relu2_gradient(dy: Tensor, w: Tensor, h: Tensor, rho: Tensor, c: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """2 sqrt(h) (rho * (dy @ w) - c * h) as h (N, out), and in 8 bits: dy (N, in), w (in, out), rho and c (N, 1).
+
+    `scales` (2,), for 8-bit dy and w alone, w then transposed: what the product and then the gradient is multiplied with.
+    """
+    (g, g8), eight = empty_relu2_gradient(dy, w, h, rho, c, scales), scales is not None
+
+    def launch(t: Tiles) -> None:
+        k, half = t.k_bytes // dy.element_size(), t.n // 2
+        weight = described(w, t.n, k) if eight else described(w, k, t.n)
+        blocks = described(g, t.m, half), described(g8 if eight else g, t.m, half)
+        relu2_gradient_kernel[tile_programs(dy, t, triton.cdiv(len(h), t.m) * triton.cdiv(h.size(1), t.n)),](
+            described(dy, t.m, k), weight, described(h, t.m, half), rho, c, *blocks, scales if eight else rho,
+            len(h), h.size(1), dy.size(1), eight, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+
+    launch(tuned(("relu2 gradient", w.shape), dy, launch))
+    return g, g8
+
+
+class FusedMLP(torch.autograd.Function):
+    """down(rms_norm(relu(up(x))^2)): the activation in the epilogue of `up`, the norm as in NormedMatmul, its gradient and the
+    activation's in the epilogue of one product. As wide as the hidden layer, one tensor is written forward and one backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:  # noqa: ARG004
+        """x (N, D), latent matrices, stored matrices (hidden, D) and (D, hidden)."""
+        h, _, squares = relu2_product(x, w_up, None, x.dtype)
+        y, rho = F.linear(h, w_down), norm_factor(squares / h.size(1))
+        ctx.save_for_backward(x, h, y, rho, w_up, w_down)
+        return (rho * y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, h, y, rho, w_up, w_down = ctx.saved_tensors
+        c, g = norm_slope(g, y, rho, h.size(1)), g.contiguous()
+        d_hidden, _ = relu2_gradient(g, w_down, h, rho, c, None)
+        return d_hidden @ w_up, weight_gradient(d_hidden, x), weight_gradient((rho * g).to(g.dtype), h), None, None
+
+
+class Fp8FusedMLP(torch.autograd.Function):
+    """FusedMLP with 8-bit operands as in Fp8Matmul. h is rounded before its norm is known, on a scale that the rows of `up`
+    bound (`Fp8Weight.relu2_scale`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, *operands: Any) -> Tensor:  # noqa: ARG004
+        """x (N, D), latent matrices, their Fp8Weights, and the scales of x and of gradients."""
+        w_up, w_down, (x_scale, ctx.g_scale) = operands
+        scales = torch.stack((w_up.scale / x_scale, w_up.relu2_scale))
+        h, h8, squares = relu2_product(to_fp8(x, x_scale), w_up.codes, scales, x.dtype)
+        y, rho = fp8_product(h8, w_down.codes, w_down.scale / w_up.relu2_scale, x.dtype), norm_factor(squares / h.size(1))
+        ctx.save_for_backward(x, h, y, rho, w_up.codes_t, w_up.scale, w_down.codes_t, w_down.scale)
+        return (rho * y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        x, h, y, rho, up_t, up_scale, down_t, down_scale = ctx.saved_tensors
+        c, g8 = norm_slope(g, y, rho, h.size(1)), to_fp8(g, ctx.g_scale, torch.float8_e5m2)
+        scales = torch.stack((down_scale / ctx.g_scale, torch.full_like(down_scale, ctx.g_scale)))
+        d_hidden, d8 = relu2_gradient(g8, down_t, h, rho, c, scales)
+        dx = fp8_product(d8, up_t, up_scale / ctx.g_scale, x.dtype)
+        return dx, weight_gradient(d_hidden, x), weight_gradient((rho * g).to(g.dtype), h), None, None, None
+
+
+def mlp_fuses(x: Tensor, mlp: MLP) -> bool:
+    """Whether the MLP's two products run as one function. Not in float16, where h could overflow before its norm."""
+    layers = mlp.up, mlp.down
+    aligned = all(size % 8 == 0 for size in mlp.down.weight.shape)  # rows for the memory accelerator; 16 if 8 bits, checked
+    same = any(all(plain(layer, product) for layer in layers) for product in (StoredProduct, Fp8Product))
+    return kernels_run(x) and x.dtype != torch.float16 and mlp.activation is ACTIVATIONS["relu2"] and aligned and same
+
+
+def fused_mlp(x: Tensor, mlp: MLP) -> Tensor:
+    """mlp(x) for x (..., D)."""
+    rows, layers = x.flatten(0, -2), (mlp.up, mlp.down)
+    latent = [layer.weight for layer in layers]
+    if isinstance(mlp.up.product, Fp8Product):
+        weights = [layer.product.weight(layer, x.dtype) for layer in layers]
+        return Fp8FusedMLP.apply(rows, *latent, *weights, mlp.up.product.scales).view_as(x)
+    return FusedMLP.apply(rows, *latent, *(layer.stored(x.dtype) for layer in layers)).view_as(x)
 
 
 # ---- 9 Artifact ------------------------------------------------------------------------------------------------------

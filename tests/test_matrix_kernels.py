@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_config, tiny_model
+from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 
 import train_gpt
 from train_gpt import (
     Config,
     Fp8Product,
+    FusedMLP,
+    NormedMatmul,
     TernaryLinear,
+    Tiles,
     UserError,
     World,
     fp8_weight,
@@ -24,6 +29,8 @@ from train_gpt import (
     to_fp8,
     training_loss,
 )
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batch(model, sequences=4, seed=5):
@@ -37,7 +44,7 @@ def test_ternary_weights_are_exact_in_eight_bits_while_their_scales_lie_within_2
     for top in (2.0**-8, 1.875 * 2.0**-6, 1.75, 200.0):
         scales = round_scale(top * 2.0 ** -torch.arange(0, 20, 1 / 16), "e4m3").unique()
         stored = scales[:, None] * torch.tensor([1.0, 0.0, -1.0])
-        codes, codes_t, scale = fp8_weight(stored)
+        codes, codes_t, scale, _ = fp8_weight(stored)
         assert torch.equal(codes.t().float(), codes_t.float()) and codes_t.is_contiguous()
         error = (codes.float() * scale - stored).abs().amax(1)
         near = scales >= scales.max() * 2.0**-13
@@ -99,7 +106,7 @@ def test_a_training_step_renews_the_kept_operands():
         before = model.blocks[1].mlp.up.rounded()
         step(x, y)
         for layer in (m for m in model.modules() if isinstance(m, TernaryLinear)):
-            codes, codes_t, scale = layer.product.weight(layer, torch.float32)
+            codes, codes_t, scale, _ = layer.product.weight(layer, torch.float32)
             assert torch.equal(codes.float() * scale, layer.rounded()) and torch.equal(codes_t.float().T, codes.float())
         assert not torch.equal(before, model.blocks[1].mlp.up.rounded())
 
@@ -108,14 +115,14 @@ def test_fp8_gradients_point_where_the_plain_ones_do_in_one_graph():
     """Every matrix and table; the compiled graph (fullgraph) gives the same numbers."""
     grads = {}
     for act_quant in ("none", "fp8"):
-        model = tiny_model(act_quant=act_quant, softcap_type="tanh", num_layers=2)  # the path a GPU takes
+        model = tiny_model(act_quant=act_quant, softcap_type="tanh", num_layers=1)  # the path a GPU takes
         x, y = batch(model, 8)
         for name, function in (("eager", training_loss), ("compiled", torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False))):
             if (act_quant, name) == ("none", "compiled"):
                 continue
             model.zero_grad()
             (function(model, x, y, 1e-4)[0] / 256).backward()
-            grads[act_quant, name] = {n: p.grad.clone() for n, p in model.named_parameters()}
+            grads[act_quant, name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
     for name, plain in grads["none", "eager"].items():
         ours = grads["fp8", "eager"][name]
         torch.testing.assert_close(grads["fp8", "compiled"][name], ours)
@@ -136,3 +143,182 @@ def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(UserError, match="ACT_QUANT='fp8'.*8.9"):
         Fp8Product(64, tiny_config()).refresh(torch.ones(16, 64).as_subclass(Cuda))
+
+
+# ---- the fused MLP
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels compute for every tensor, on the CPU (in Triton's interpreter) and in 32 bits too, in tiles smaller than the tests' sizes."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
+    monkeypatch.setattr(train_gpt, "TILES", [Tiles(32, 64, 128, 4, 2, True)])
+    monkeypatch.setattr(train_gpt, "TUNED", {})
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", lambda *a: convert_float(*a) if a[1].name == "fp32" else original(*a))
+
+
+def convert_float(x, _, dtype, *__):
+    """float32 -> 16 or 8 bits as a GPU rounds. The interpreter of triton 3.6.0 does not: it makes 1.99 a 1.0 in e4m3 and truncates to bf16."""
+    kind = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}[dtype.name]
+    rounded = torch.from_numpy(np.ascontiguousarray(x).view(np.float32)).to(kind)
+    return rounded.view(torch.int16).numpy().view(np.uint16) if kind == torch.bfloat16 else rounded.view(torch.uint8).numpy()
+
+
+def plain_mlp(x, up, down):
+    return rms_norm((x @ up.T).relu().square()) @ down.T
+
+
+def compare(function, reference, inputs):
+    """function(*inputs) and its gradients against the reference in float64, in units of each result's largest element."""
+    dtype, rtol = (torch.float32, 1e-4) if DEVICE == "cpu" else (torch.bfloat16, 2e-2)  # a GPU multiplies float32 in fewer bits
+    inputs = [t.to(dtype) for t in inputs]
+    ours = [t.clone().to(DEVICE).requires_grad_() for t in inputs]
+    exact = [t.double().requires_grad_() for t in inputs]
+    y, expected = function(*ours), reference(*exact)
+    g = torch.randn_like(expected)
+    results = zip([y, *torch.autograd.grad(y, ours, g.to(y))], [expected, *torch.autograd.grad(expected, exact, g)], strict=True)
+    for i, (a, b) in enumerate(results):
+        error = (a.detach().cpu().double() - b).abs().max() / b.abs().max()
+        assert a.isfinite().all() and error < rtol, (i, error.item())
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(40, 48, 72), (33, 36, 64), (64, 64, 32), (7, 80, 144)])
+def test_fused_mlp_is_the_plain_one_with_every_gradient(rows, width, hidden):
+    """Sizes that are no multiples of the tiles, weights of any size, and rows whose hidden layer is 0: the norm's eps decides."""
+    torch.manual_seed(rows)
+    x, up, down = torch.randn(rows, width), torch.randn(hidden, width) * 0.3, torch.randn(width, hidden)
+    up, x[:, 0] = up - 2 * (torch.arange(width) == 0), x[:, 0].abs()
+    x[3], x[5] = 0.0, -50 * up.sum(0).sign() * (torch.arange(width) != 0)
+    x[5, 0] = 1e4  # every unit is off
+    assert (x @ up.T).relu()[[3, 5]].abs().max() == 0
+    x[6] *= 1e-2  # h^2 about eps
+    compare(lambda x, up, down: FusedMLP.apply(x, up, down, up.detach(), down.detach()), plain_mlp, (x, up, down))
+
+
+def test_normed_matmul_is_norm_then_product_with_every_gradient():
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 6, 32) * torch.tensor([0.0, 1e-3, 0.1, 1, 10, 1e3])[:, None], torch.randn(48, 32)
+    function = lambda x, w: NormedMatmul.apply(x, w, w.detach())
+    for form in (function, torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)):
+        compare(form, lambda x, w: rms_norm(x) @ w.T, (x, w))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("act_quant", ["none", "fp8"])
+def test_a_model_computes_the_same_through_the_fused_mlp(act_quant, monkeypatch):
+    """Loss and all gradients of a whole model, plain and fused, eager and as one graph; a block calls the kernel once."""
+    results, calls, launched = {}, [], train_gpt.relu2_product
+    monkeypatch.setattr(train_gpt, "relu2_product", lambda *a: calls.append(1) or launched(*a))
+    monkeypatch.setattr(train_gpt, "fused_loss", lambda *_: None)
+    graph = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    for form, function in (("plain", training_loss), ("fused", training_loss), ("graph", graph)):
+        model = tiny_model(softcap_type="tanh", num_layers=1, act_quant=act_quant)
+        monkeypatch.setattr(train_gpt, "kernels_run", lambda x, form=form: form != "plain" and x.size(-1) == 64)
+        x, y = batch(model)
+        loss, _ = function(model, x, y, 1e-4)
+        (loss / 256).backward()
+        results[form] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.numel()}}
+        assert form == "graph" or len(calls) == (form == "fused")
+    for name, plain in results["plain"].items():
+        fused = results["fused"][name]
+        torch.testing.assert_close(results["graph"][name], fused, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+        if act_quant == "none":
+            torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+        else:  # h is rounded before its norm, not after
+            assert torch.nn.functional.cosine_similarity(fused.flatten(), plain.flatten(), 0) > 0.99, name
+
+
+@pytest.mark.usefixtures("kernels")
+def test_fused_mlp_in_eight_bits_against_operands_rounded_one_by_one():
+    """Forward and every gradient, each operand rounded by PyTorch; and h cannot overflow, whatever the input's direction."""
+    mlp = tiny_model(act_quant="fp8", num_layers=1, mlp_mult=3).blocks[0].mlp
+    g_scale = mlp.up.product.scales[1]
+    up, down = (layer.rounded().double() for layer in (mlp.up, mlp.down))
+    towards = torch.randn(40, 64)
+    towards[:20] = mlp.up.rounded()[:20]  # inputs along a row of `up` make its output as large as it can be
+    x = rms_norm(towards).requires_grad_()
+    g = torch.randn(40, 64) / g_scale
+    y = train_gpt.fused_mlp(x[None], mlp)[0]
+    y.backward(g)
+    e4m3 = lambda t, scale: (t * scale).float().to(torch.float8_e4m3fn).double() / scale
+    e5m2 = lambda t: (t * g_scale).float().to(torch.float8_e5m2).double() / g_scale
+    h = (e4m3(x.detach(), 32.0) @ up.T).relu().square()
+    h_scale = fp8_weight(mlp.up.rounded()).relu2_scale.double()
+    assert 448 / 8 < (h * h_scale).max() < 448
+    rho, product = (h.square().mean(1, keepdim=True) + 1e-6).rsqrt(), e4m3(h, h_scale) @ down.T
+    close = lambda a, b, rtol=2e-3: torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * b.abs().max().item())
+    close(y, rho * product)
+    slope = rho**3 * (g.double() * product).sum(1, keepdim=True) / 192
+    d_hidden = 2 * h.sqrt() * (rho * (e5m2(g) @ down) - slope * h)
+    close(x.grad, e5m2(d_hidden) @ up, 2e-2)  # one rounding of 2^-3 may fall on the other side
+    close(mlp.up.weight.grad, d_hidden.T @ x.detach().double())
+    close(mlp.down.weight.grad, (rho * g).T @ h)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_the_fused_mlp_does_not_cover_runs_plainly():
+    x = torch.randn(2, 64)
+    for settings in ({"activation": "relu"}, {"activation": "swiglu"}):
+        assert not train_gpt.mlp_fuses(x, tiny_model(num_layers=1, **settings).blocks[0].mlp), settings
+    assert train_gpt.mlp_fuses(x, tiny_model(num_layers=1, act_quant="fp8").blocks[0].mlp)
+    mlp = tiny_model(num_layers=1).blocks[0].mlp
+    assert train_gpt.mlp_fuses(x, mlp) and not train_gpt.mlp_fuses(x.half(), mlp)
+    mlp.down.prepare = torch.nn.ReLU()
+    assert not train_gpt.mlp_fuses(x, mlp)
+
+
+HOPPER = """
+import json, re, subprocess, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+import train_gpt
+
+class Hopper:  # what Triton asks a driver for before it compiles
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+def compile_only(self, *args, warmup, **kwargs):
+    kernel = run(self, *args, warmup=True, **kwargs)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(kernel.asm["ptx"])
+        f.flush()
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", f.name, "-o", f.name + ".cubin"]
+        text = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+    products = sorted(set(re.findall(r"wgmma.mma_async.sync.aligned.m64n128k([0-9]+).f32.([.a-z0-9]+)", kernel.asm["ptx"])))
+    found.append([self.__name__, products, "cp.async.bulk.tensor" in kernel.asm["ptx"], kernel.metadata.shared,
+                  int(re.search("([0-9]+) bytes spill stores", text)[1])])
+
+found, run = [], JITFunction.run
+JITFunction.run = compile_only
+triton.runtime.driver.set_active(Hopper())
+train_gpt.TILES = [t for t in train_gpt.TILES if t.n == 128][:1]  # the others take longer to compile
+zeros = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
+x, up, h, rows, scales = zeros(256, 768), zeros(3072, 768), zeros(256, 3072), zeros(256, 1, dtype=torch.float32), torch.ones(2)
+train_gpt.relu2_product(x, up, None, x.dtype)
+train_gpt.relu2_gradient(x, up.T.contiguous(), h, rows, rows, None)
+x8, up8 = x.to(torch.float8_e4m3fn), up.to(torch.float8_e4m3fn)
+train_gpt.TUNED.clear()
+train_gpt.relu2_product(x8, up8, scales, x.dtype)
+train_gpt.relu2_gradient(x.to(torch.float8_e5m2), up8, h, rows, rows, scales)
+print(json.dumps(found))
+"""
+
+
+def test_matrix_kernels_compile_for_a_hopper_gpu(tmp_path):
+    """Asynchronous tensor core products of the right operands, tiles by the memory accelerator, within an H100's 227 KB of shared
+    memory, and nothing spilled: for bfloat16 and 8 bits."""
+    pytest.importorskip("triton")
+    done = launch({"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER], timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [name for name, *_ in found] == ["relu2_kernel", "relu2_gradient_kernel"] * 2
+    expected = ["16", "bf16.bf16"], ["16", "bf16.bf16"], ["32", "e4m3.e4m3"], ["32", "e5m2.e4m3"]
+    for kernel, product in zip(found, expected, strict=True):
+        _, products, tiles, shared_bytes, spilled_bytes = kernel
+        assert products == [product] and tiles and shared_bytes <= 227 * 1024 and spilled_bytes == 0, kernel
