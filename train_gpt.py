@@ -1875,6 +1875,7 @@ def empty_qk(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tenso
 @operator(empty_qk)
 def normed_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """qkv (B, T, H + 2K, C), cos and sin (>= T, C/2), gain (H,) -> q (B, T, H, C), k (B, T, K, C)."""
+    assert qkv.size(1) <= len(cos)  # the kernel would read on behind the last angle
     q, k = empty_qk(qkv, cos, sin, gain)
     programs, sizes = head_tiles(qkv, gain)
     qk_kernel[programs,](qkv.contiguous(), cos, sin, gain, q, k, **sizes, num_warps=8)

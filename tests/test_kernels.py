@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,14 @@ def relative_errors(ours, theirs):
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
 
 
-def test_kernels_run_on_nothing_that_a_cpu_holds():
-    assert train_gpt.triton is not None
-    assert not any(train_gpt.kernels_run(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("is_cuda", "size", "major", "runs"), [(1, 2, 9, True), (1, 2, 10, True), (1, 2, 8, False), (1, 4, 9, False), (0, 2, 9, False)])
+def test_where_kernels_run(monkeypatch, is_cuda, size, major, runs):
+    """16 bits on Hopper or newer; nowhere without Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    x = SimpleNamespace(is_cuda=bool(is_cuda), element_size=lambda: size, device="cuda:0")
+    assert train_gpt.kernels_run(x) is runs
+    monkeypatch.setattr(train_gpt, "triton", None)
+    assert not train_gpt.kernels_run(x)
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -142,11 +148,13 @@ def plain_qkv(qkv, cos, sin, gain):
 
 
 def qkv_inputs(batch, length, heads, kv_heads, width, dtype=torch.float32):
-    """qkv, cos and sin of more positions than there are, gain; and gradients of q, k and v as attention leaves them: (B, H, T, C)."""
+    """qkv, cos and sin of more positions than there are, gain; and gradients of q, k and v, each laid out in another way."""
     torch.manual_seed(0)
     qkv = torch.randn(batch, length, heads + 2 * kv_heads, width, device=DEVICE).to(dtype) * 3
     angle = torch.rand(length + 3, width // 2, device=DEVICE) * 6
-    incoming = [torch.randn(batch, n, length, width, device=DEVICE).to(dtype).transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
+    layouts = (batch, heads, length, width), (batch, length, kv_heads, width), (kv_heads, length, batch, width)
+    dq, dk, dv = (torch.randn(shape, device=DEVICE).to(dtype) for shape in layouts)
+    incoming = [dq.transpose(1, 2), dk, dv.transpose(0, 2)]
     return (qkv, angle.cos(), angle.sin(), torch.rand(heads, device=DEVICE) * 3), incoming
 
 
