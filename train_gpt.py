@@ -76,7 +76,7 @@ def model_setting(default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionalSettings:
-    """Settings that stand at "off" in the default. A `Literal` with one choice: this file does not implement the others."""
+    """Settings that stand at "off" in the default, and what switches off parts of the published design."""
 
     # switches of #640's command
     tie_embeddings: Literal[0, 1, 2] = model_setting(1)  # 0: an output head of its own; 2: the table plus a correction
@@ -927,8 +927,7 @@ class Table(TableProjection):
         return StoredLookup.apply(idx, self.weight, self.stored(dtype))
 
 
-ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "swiglu": lambda x: swiglu(x),
-               "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu}
+ACTIVATIONS = {"relu2": lambda x: F.relu(x).square()}
 
 
 class Attention(nn.Module):
@@ -960,7 +959,7 @@ class MLP(nn.Module):
         width, hidden = cfg.model_dim // groups, cfg.mlp_hidden // groups
         self.up = TernaryLinear(width, hidden * ACTIVATION_INPUTS.get(cfg.activation, 1), cfg)
         self.down = TernaryLinear(hidden, width, cfg, init_std=0)
-        self.activation = ACTIVATIONS[cfg.activation]
+        self.activation = (ACTIVATIONS | OTHER_ACTIVATIONS)[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return fused_mlp(x, self) if mlp_fuses(x, self) else normed_product(self.activation(self.up(x)), self.down)
@@ -1285,7 +1284,6 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
-    untie_when_due(model, 0.0)
     take_step.restart()
     if not cfg.temp_scaling:
         return 0.0
@@ -3304,6 +3302,9 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+OTHER_ACTIVATIONS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "swiglu": swiglu}
+
+
 def mlp_kind(cfg: Config) -> type[nn.Module]:
     return GroupedMLP if cfg.mlp_groups else MLP
 
@@ -3551,12 +3552,12 @@ def attention_output(cfg: Config) -> nn.Module | None:
 
 
 def share_features(blocks: nn.ModuleList, cfg: Config) -> nn.ModuleList:
-    """TVERSKY_FEATURE_POOLS: block i takes the features of pool i mod their number."""
+    """TVERSKY_FEATURE_POOLS: the blocks with attention take the pools in turn."""
     if cfg.attn_proj_type == "tversky" and cfg.tversky_feature_pools:
         sizes = cfg.model_dim, cfg.tversky_num_features, cfg.fp_storage
         pools = [TableProjection(*sizes) for _ in range(cfg.tversky_feature_pools)]
-        for i, block in enumerate(blocks):
-            block.attention.out.features = pools[i % len(pools)]
+        for layer, pool in zip((m for m in blocks.modules() if isinstance(m, Tversky)), itertools.cycle(pools), strict=False):
+            layer.features = pool
     return blocks
 
 
@@ -3586,13 +3587,12 @@ def train_and_export(cfg: Config, world: World, log: Log, val: ValidationSet) ->
 
 def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
     """The environment's config with the artifact's model settings; UserError where the environment asks for another model."""
-    cfg = exported(cfg)
-    own, default, stored = cfg.model_settings(), Config().model_settings(), artifact_cfg.model_settings()
+    own, default, stored = exported(cfg).model_settings(), Config().model_settings(), artifact_cfg.model_settings()
     for name in own:
         if own[name] != stored[name] and own[name] != default[name]:
             raise UserError(f"{name}={own[name]}, but the model in ARTIFACT_PATH={cfg.artifact_path!r} has {name}={stored[name]}")
     fields = {name.lower(): getattr(artifact_cfg, name.lower()) for name in own}
-    return dataclasses.replace(cfg, **fields)
+    return dataclasses.replace(exported(cfg), **fields)
 
 
 def read_artifact(cfg: Config) -> tuple[bytes, Config]:

@@ -33,6 +33,7 @@ from train_gpt import (
     train,
     training_loss,
     untie_when_due,
+    warm_up,
 )
 
 GOLDEN = json.loads((ROOT / "tests/data/golden_losses.json").read_text())
@@ -169,7 +170,7 @@ def test_without_unet_and_mix_their_parameters_are_gone():
 
 
 def test_the_header_of_an_artifact_names_an_option_only_where_it_is_on():
-    blob = save_artifact(tiny_model(unet=0), tiny_config(unet=0))
+    blob = save_artifact(tiny_model(unet=0), tiny_config(unet=0, artifact_codec="base3"))
     assert b"UNET=False" in blob and b"RESID_MIX" not in blob and load_artifact(blob)[1].unet is False
     assert GPT(Config(num_layers=2, model_dim=128, vocab_size=64)).skip_weights.numel() == 128
 
@@ -302,6 +303,36 @@ def test_a_run_too_coarse_for_the_switch_is_stored_untied_all_the_same(data_dir,
     assert model.output.untied and model.output.head.weight.any()
 
 
+def test_the_warm_up_takes_steps_with_both_outputs_and_restores_the_weights():
+    """On a GPU it compiles what it runs: neither graph may be left to the clock, whatever the shapes of the schedule."""
+    cfg = tiny_config(untie_at_fraction=0.9, warmup_steps=3, seq_len_start=16, seq_schedule_fraction=0.5, temp_scaling=0)
+    model, seen = GPT(cfg), set()
+    before = [p.detach().clone() for p in model.parameters()]
+    with rounded_once(model):
+        take_step = TrainingStep(model, cfg, World())
+        loss_function = take_step.loss_function
+        take_step.loss_function = lambda m, x, *rest: (seen.add((x.size(1), m.output.untied)), loss_function(m, x, *rest))[1]
+        warm_up(model, World(), lambda _: None, take_step)
+    assert seen == {(32, False), (32, True), (16, False), (16, True)}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_options_are_one_graph():
+    """fullgraph, as on a GPU, with many options in one model, before and after untying; nothing may fall out of the graph."""
+    model = tiny_model(num_layers=1, bigram_hash=1, smear=1, refiner=1, diff_attn=1, activation="swiglu", mlp_groups=2, mtp_heads=1, tie_embeddings=2,
+                       untie_at_fraction=0.5, warmup_steps=2, attn_proj_type="tversky", softcap_type="tanh")  # fmt: skip
+    x = tokens(model)
+    graph = torch.compile(mtp_training_loss, backend="eager", fullgraph=True, dynamic=False)
+    for progress in (0.0, 0.5):
+        untie_when_due(model, progress)
+        loss, nats = graph(model, x, x.roll(-1, 1), 1e-4)
+        torch.testing.assert_close((loss, nats), mtp_training_loss(model, x, x.roll(-1, 1), 1e-4))
+        model.zero_grad()
+        loss.backward()
+        unused = {name for name, p in model.named_parameters() if p.grad is None and p.numel()}
+        assert unused == ({"embed_out.weight", "output.tied.correction.weight"} if progress else {"output.head.weight"})
+
+
 def test_heads_for_later_tokens_written_out():
     """Head k sees the state at t and predicts the token k after the main target y[t]; evaluation and artifact know no heads."""
     model = tiny_model(mtp_heads=2)
@@ -344,6 +375,8 @@ def test_tversky_pools_are_shared_in_turn_and_stored_once():
     model = tiny_model(attn_proj_type="tversky", tversky_num_features=8, tversky_feature_pools=2)
     pools = [block.attention.out.features for block in model.blocks]
     assert pools[0] is pools[2] and pools[0] is not pools[1]
+    free = tiny_model(attn_proj_type="tversky", tversky_num_features=8, tversky_feature_pools=2, attention_free_layers=1).blocks
+    assert free[0].attention.out.features is not free[2].attention.out.features
     own = tiny_model(attn_proj_type="tversky", tversky_num_features=8)
     assert count_parameters(own)[0] - count_parameters(model)[0] == 8 * 64
 
@@ -365,7 +398,7 @@ world.close()
 TOGETHER = [
     {"tie_embeddings": 2, "untie_at_fraction": 0.5, "warmup_steps": 2, "mtp_heads": 1, "smear": 1},
     {"attn_proj_type": "tversky", "tversky_num_features": 16, "tversky_feature_pools": 2, "bigram_hash": 1, "refiner": 1, "mlp_groups": 2},
-    {"logit_head_type": "tversky", "diff_attn": 1, "activation": "swiglu", "eval_depth_recurrence": 2, "training_depth_recurrence": 2},
+    {"logit_head_type": "tversky", "diff_attn": 1, "activation": "swiglu", "eval_depth_recurrence": 3, "training_depth_recurrence": 2},
 ]
 
 
