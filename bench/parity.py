@@ -4,8 +4,9 @@
     NUM_LAYERS=4 python bench/parity.py     settings as for train_gpt.py
 
 The weights are drawn away from their initial zeros, so that every part takes part. Rows: the largest difference of a token's
-nats, the difference of their mean, and the smallest cosine between any parameter's gradient and the reference's. Without a
-GPU the row is the CPU's own bfloat16.
+nats, the difference of their mean, and the smallest cosine between any parameter's gradient and the reference's. The plain path
+computes all logits; the training path is the loss that training minimizes, with the kernels it takes on that device. Without
+a GPU the rows are the CPU's own bfloat16.
 """
 
 from __future__ import annotations
@@ -34,28 +35,46 @@ def trained_looking_model(cfg: t.Config) -> t.GPT:
     return model
 
 
-def nats_and_gradients(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(B, T) nats of the plain forward pass, and every parameter's gradient of their mean; float32, on the CPU."""
+def nats_and_gradients(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Tensor, training: bool) -> tuple[torch.Tensor, dict]:
+    """Nats and every parameter's gradient of what is minimized, a token's share; float32, on the CPU.
+
+    Plain: (B, T) nats of `model(x, y)`. Training: their mean, by `training_loss` with its kernels and its z-loss.
+    """
     model = trained_looking_model(cfg).to(device)
-    nats = model(x.to(device), y.to(device))
-    nats.mean().backward()
-    return nats.detach().float().cpu(), [p.grad.float().cpu() for p in model.parameters()]
+    x, y = x.to(device), y.to(device)
+    if training:
+        loss, nats = (part / x.numel() for part in t.training_loss(model, x, y, cfg.z_loss))
+    else:
+        nats = model(x, y)
+        loss = nats.mean()
+    loss.backward()
+    return nats.detach().float().cpu(), {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+def row(cfg: t.Config, case: tuple[str, str, bool], batch: tuple, reference: tuple[torch.Tensor, dict]) -> str:
+    device, precision, training = case
+    nats, gradients = nats_and_gradients(dataclasses.replace(cfg, precision=precision), device, *batch, training)
+    cosines = {name: F.cosine_similarity(g.flatten(), reference[1][name].flatten(), dim=0).item() for name, g in gradients.items()}
+    worst = min(cosines, key=cosines.__getitem__)
+    largest = "" if training else f"{(nats - reference[0]).abs().max():.2e}"
+    mean = nats.mean() - reference[0].mean()
+    return f"| {device} | {precision} | {'training' if training else 'plain'} | {largest} | {mean:+.2e} | {cosines[worst]:.6f} {worst} |"
 
 
 def main() -> None:
     cfg = t.Config.from_env()
     batches = t.Batches(t.TokenStream(cfg, "train"), t.World())
-    x, y = batches.next(SEQUENCES, cfg.train_seq_len)
-    reference, gradients = nats_and_gradients(dataclasses.replace(cfg, precision="fp32"), "cpu", x, y)
+    batch = batches.next(SEQUENCES, cfg.train_seq_len)
+    exact = dataclasses.replace(cfg, precision="fp32")
+    references = {training: nats_and_gradients(exact, "cpu", *batch, training) for training in (False, True)}
     cases = [("cuda", "fp32"), ("cuda", "bf16")] if torch.cuda.is_available() else [("cpu", "bf16")]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")
-    print(f"reference: cpu fp32, mean {reference.mean():.6f} nats over {reference.numel()} tokens")
-    print("| device | precision | largest difference of a token | difference of the mean | smallest gradient cosine |\n|---|---|---|---|---|")
-    for device, precision in cases:
-        nats, grads = nats_and_gradients(dataclasses.replace(cfg, precision=precision), device, x, y)
-        cosine = min(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(gradients, grads, strict=True))
-        worst, mean = (nats - reference).abs().max(), nats.mean() - reference.mean()
-        print(f"| {device} | {precision} | {worst:.2e} | {mean:+.2e} | {cosine:.6f} |")
+    print(f"reference: cpu fp32, mean {references[False][0].mean():.6f} nats over {references[False][0].numel()} tokens")
+    print("| device | precision | path | largest difference of a token | difference of the mean | smallest gradient cosine |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for training, reference in references.items():
+        for case in cases:
+            print(row(cfg, (*case, training), batch, reference), flush=True)
 
 
 if __name__ == "__main__":

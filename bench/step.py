@@ -45,6 +45,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from kernel_groups import GROUPS
@@ -69,30 +70,28 @@ class Arm:
     name: str
     folder: Path
     settings: dict[str, str]
-    scratch: Path
-    info: dict = field(default_factory=dict)
+    info: dict = field(default_factory=dict)  # what the worker said of itself
     process: subprocess.Popen | None = None
+    errors: IO[str] | None = None  # what the worker writes to stderr
 
     def open(self) -> None:
         if not (self.folder / "train_gpt.py").is_file():
             raise ArmFailed(f"{self.folder}: no train_gpt.py there")
         self.info = {}
-        self._errors = open(self.scratch / f"{abs(hash((self.name, time.time())))}.err", "w+", encoding="utf-8")
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = subprocess.Popen([sys.executable, str(WORKER), str(self.folder)], env=os.environ | self.settings, text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)  # fmt: skip
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)  # fmt: skip
 
     def send(self, do: str, **arguments: object) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the reader sees the end of the output, and says why
             print(json.dumps({"do": do} | arguments), file=self.process.stdin)
-        except BrokenPipeError:
-            pass  # the reader sees the end of the output, and says why
 
     def receive(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            self._errors.seek(0)
-            raise ArmFailed((self._errors.read().strip().splitlines() or [f"ended with {self.process.returncode}"])[-1])
+            self.errors.seek(0)
+            raise ArmFailed((self.errors.read().strip().splitlines() or [f"ended with {self.process.returncode}"])[-1])
         answer = json.loads(line)
         if "error" in answer:
             raise ArmFailed(answer["error"])
@@ -104,10 +103,11 @@ class Arm:
 
     def close(self) -> None:
         if self.process:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process.wait()
-            self._errors.close()
+            self.errors.close()
             self.process = None
 
 
@@ -129,9 +129,9 @@ class Bench:
         self.args, self.scratch = args, scratch
         preset = read_preset(args.preset) if args.preset else {}
         common = {key: value for key, value in preset.items() if key not in os.environ}
-        self.base = Arm("this checkout", ROOT, common, scratch)
-        self.others = [Arm(str(folder), folder.resolve(), common, scratch) for folder in args.against]
-        self.others += [Arm(" ".join(pairs), ROOT, common | dict(pair.split("=", 1) for pair in pairs), scratch) for pairs in args.with_]
+        self.base = Arm("this checkout", ROOT, common)
+        self.others = [Arm(str(folder), folder.resolve(), common) for folder in args.against]
+        self.others += [Arm(" ".join(pairs), ROOT, common | dict(pair.split("=", 1) for pair in pairs)) for pairs in args.with_]
         self.results: dict = {"argv": sys.argv[1:], "arms": {}, "failed": {}}
 
     def together(self, arms: list[Arm], do: str, **arguments: object) -> dict[str, dict]:

@@ -351,7 +351,9 @@ def main() -> None:
             answer = {"error": str(error)}
         except Exception as error:  # the next request may still be answered
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = (str(error).splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"}
         print(json.dumps(answer), file=answers)
 
 

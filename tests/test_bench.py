@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, tiny_model
+from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 from kernel_groups import FORWARD, GROUPS, REGION, Shapes, read_trace
+from parity import nats_and_gradients
+from parity import row as parity_row
 from step import Arm, ArmFailed, sent_bytes, startup
 from step_worker import flops_a_token, matmul_shapes
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +33,19 @@ def test_model_flops_are_pytorchs_count(settings):
         model(x, x).sum().backward()
     assert flops["attention"] > 0
     assert counter.get_total_flops() == x.numel() * (sum(flops.values()) + flops["attention"])
+
+
+def test_parity_compares_the_training_loss_with_the_plain_one():
+    """Without z-loss both paths minimize the same; a row names the parameter that differs most."""
+    cfg = tiny_config(z_loss=0, precision="fp32")
+    batch = torch.randint(320, (2, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
+    (nats, plain), (mean, trained) = (nats_and_gradients(cfg, "cpu", *batch, training) for training in (False, True))
+    assert nats.mean().item() == pytest.approx(mean.item(), rel=1e-6) and plain.keys() == trained.keys()
+    for name, g in plain.items():
+        torch.testing.assert_close(trained[name], g, rtol=1e-4, atol=1e-7)
+    trained["vocab_bias"] = -trained["vocab_bias"]
+    line = parity_row(cfg, ("cpu", "fp32", True), batch, (mean, trained))
+    assert line.startswith("| cpu | fp32 | training |  | +0.00e+00 | -1.000000 vocab_bias |")
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: object) -> dict:
@@ -229,10 +244,10 @@ time.sleep(60)
 def test_startup_is_measured_cold_then_warm(tmp_path):
     """A stand-in for the trainer: the first launch compiles for half a second; the step's own quarter is not start-up."""
     (tmp_path / "train_gpt.py").write_text(FAKE_TRAINER)
-    cold, warm = startup(Arm("fake", tmp_path, {"DATA_PATH": "here"}, tmp_path), tmp_path)
+    cold, warm = startup(Arm("fake", tmp_path, {"DATA_PATH": "here"}), tmp_path)
     assert cold["s"] - warm["s"] == pytest.approx(0.5, abs=0.4) and warm["said"] == "startup: compiled" and warm["s"] >= 0
     with pytest.raises(ArmFailed, match="no shards"):
-        startup(Arm("fake", tmp_path, {"DATA_PATH": "missing"}, tmp_path), tmp_path)
+        startup(Arm("fake", tmp_path, {"DATA_PATH": "missing"}), tmp_path)
 
 
 def test_bad_arguments_are_one_line(tmp_path):
