@@ -473,7 +473,8 @@ class Log:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
     if precision == "auto":
-        recent = device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8  # before: bfloat16 is emulated
+        # before compute capability 8 bfloat16 is emulated; nothing is compiled there, and a graph cannot ask
+        recent = torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
         precision = "fp32" if device.type != "cuda" else "bf16" if recent else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
