@@ -187,7 +187,7 @@ def compare(function, reference, inputs):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(40, 48, 72), (33, 36, 64), (64, 64, 32), (7, 80, 144)])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(40, 48, 72), (33, 40, 64), (64, 64, 32), (7, 80, 144)])
 def test_fused_mlp_is_the_plain_one_with_every_gradient(rows, width, hidden):
     """Sizes that are no multiples of the tiles, weights of any size, and rows whose hidden layer is 0: the norm's eps decides."""
     torch.manual_seed(rows)
@@ -272,6 +272,39 @@ def test_what_the_fused_mlp_does_not_cover_runs_plainly():
     assert not train_gpt.mlp_fuses(x, mlp)
 
 
+# ---- sums in parts
+
+
+@pytest.mark.usefixtures("kernels")
+def test_split_weight_gradient_is_the_product_and_repeatable():
+    """Rows, sizes and numbers of parts that do not divide; parts that get no row; the same bits twice."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    for rows, out, width, splits in ((200, 48, 72, 3), (65, 40, 144, 5), (256, 32, 64, 2), (40, 64, 24, 4)):
+        g, x = torch.randn(rows, out).to(DEVICE, dtype), torch.randn(rows, width).to(DEVICE, dtype)
+        ours = train_gpt.split_weight_gradient(g, x, splits)
+        assert ours.dtype == torch.float32 and torch.equal(ours, train_gpt.split_weight_gradient(g, x, splits))
+        torch.testing.assert_close(ours.double(), g.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_table_of_shapes_decides_who_computes_weight_gradients(monkeypatch):
+    calls, launched = [], train_gpt.split_weight_gradient
+    monkeypatch.setattr(train_gpt, "split_weight_gradient", lambda *a: calls.append(a[2]) or launched(*a))
+    monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {(64, 128): 2})
+    model = tiny_model(num_layers=2)
+    x, y = batch(model)
+    training_loss(model, x, y, 0.0)[0].backward()
+    assert calls == [2, 2]  # down of both blocks
+    split = [p.grad.clone() for p in model.parameters()]
+    monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {})
+    model.zero_grad()
+    training_loss(model, x, y, 0.0)[0].backward()
+    for a, p in zip(split, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)
+    assert calls == [2, 2]
+
+
 HOPPER = """
 import json, re, subprocess, tempfile
 import torch, triton
@@ -302,6 +335,7 @@ zeros = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
 x, up, h, rows, scales = zeros(256, 768), zeros(3072, 768), zeros(256, 3072), zeros(256, 1, dtype=torch.float32), torch.ones(2)
 train_gpt.relu2_product(x, up, None, x.dtype)
 train_gpt.relu2_gradient(x, up.T.contiguous(), h, rows, rows, None)
+train_gpt.split_weight_gradient(h, x, 5)
 x8, up8 = x.to(torch.float8_e4m3fn), up.to(torch.float8_e4m3fn)
 train_gpt.TUNED.clear()
 train_gpt.relu2_product(x8, up8, scales, x.dtype)
@@ -317,8 +351,8 @@ def test_matrix_kernels_compile_for_a_hopper_gpu(tmp_path):
     done = launch({"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER], timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [name for name, *_ in found] == ["relu2_kernel", "relu2_gradient_kernel"] * 2
-    expected = ["16", "bf16.bf16"], ["16", "bf16.bf16"], ["32", "e4m3.e4m3"], ["32", "e5m2.e4m3"]
+    assert [name for name, *_ in found] == ["relu2_kernel", "relu2_gradient_kernel", "split_gradient_kernel", "relu2_kernel", "relu2_gradient_kernel"]
+    expected = *[["16", "bf16.bf16"]] * 3, ["32", "e4m3.e4m3"], ["32", "e5m2.e4m3"]
     for kernel, product in zip(found, expected, strict=True):
         _, products, tiles, shared_bytes, spilled_bytes = kernel
         assert products == [product] and tiles and shared_bytes <= 227 * 1024 and spilled_bytes == 0, kernel
