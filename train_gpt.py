@@ -42,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -74,10 +75,28 @@ def model_setting(default: Any) -> Any:
     return field(default=default, metadata={"model": True})
 
 
+# packing, then compressor (its own one, or zstd): see section 10
+Codec = Literal["auto", "ans", "base3", "bitmask", "2bit", "int8", "base3_zstd", "bitmask_zstd", "2bit_zstd", "int8_zstd"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptionalSettings:
     """Settings that stand at "off" in the default, and what switches off parts of the published design."""
 
+    # model and storage of #139, #367, #126, #435, #641
+    mlp_hidden: int = model_setting(0)  # 0: MLP_MULT * MODEL_DIM
+    xsa_last_n: int = model_setting(0)  # the last n blocks' attention leaves out what it says of its own value (#367)
+    qkv_split: bool = model_setting(False)  # three matrices: Muon and a scale of the whole tensor then see each alone (#139)
+    input_norm: Literal["outputs", "all", "none"] = model_setting("outputs")  # inputs of matrices that are normalized
+    weight_quant: Literal["ternary", "binary", "none"] = model_setting("ternary")  # none: float16, 10 times the bytes
+    num_unique_layers: int = model_setting(0)  # 0: off; else NUM_LAYERS = this * RECURRENCE_FACTOR passes, ABC ABC (#126)
+    recurrence_factor: int = model_setting(1)
+    position: Literal["rope", "radial", "none"] = model_setting("rope")
+    radial_bits: int = model_setting(8)
+    radial_alpha: float = model_setting(0.25)
+    ntk_rope: bool = False  # a smaller RoPE base for training sequences below TRAIN_SEQ_LEN (#126)
+    ternary_commit_lambda: float = 0.0  # pull of latent weights towards their codes (#126)
+    gradient_checkpointing: bool = False  # blocks are computed again in the backward pass: memory for time
     # switches of #640's command
     tie_embeddings: Literal[0, 1, 2] = model_setting(1)  # 0: an output head of its own; 2: the table plus a correction
     attn_proj_type: Literal["standard", "tversky"] = model_setting("standard")
@@ -93,7 +112,7 @@ class OptionalSettings:
     untie_at_fraction: float = 0.0  # of the budget: from there on as TIE_EMBEDDINGS=0, and stored as such; 0: never
     churn_log_every: int = 0  # steps between two lines with the share of ternary codes that changed
     # arithmetic of the ternary products: fp8 takes 8-bit operands forward and for the gradient of the input
-    act_quant: Literal["none", "fp8"] = model_setting("none")
+    act_quant: Literal["none", "int8", "fp8"] = model_setting("none")
     # tokens that a token attends to, itself among them (0: all before it); the sliding score is then a single pass over long rows
     attention_window: int = model_setting(0)
     parallel_blocks: bool = model_setting(False)  # attention and MLP side by side
@@ -192,7 +211,7 @@ class Config(OptionalSettings):
     scale_storage: Literal["e4m3", "fp16", "bf16"] = model_setting("e4m3")
     ternary_threshold: float = model_setting(0.5)  # codes are 0 below this share of the scale (lstsq: of the mean magnitude)
     # the embedding table and its two projections; INTb: about b bits a weight after coding
-    fp_storage: Literal["FP8", "FP16", "INT6", "INT5", "INT4"] = model_setting("FP8")
+    fp_storage: Literal["FP8", "FP16", "FP4", "INT6", "INT5", "INT4"] = model_setting("FP8")
 
     # data
     train_batch_tokens: int = 524_288
@@ -224,7 +243,7 @@ class Config(OptionalSettings):
     sliding_eval_stride: int = 16
     sliding_batch_size: int = 256  # windows a step and process, at most MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN
     temp_scaling: bool = True
-    artifact_codec: Literal["auto", "ans", "base3", "bitmask"] = "auto"  # auto: the smallest
+    artifact_codec: Codec = "auto"  # auto: the smallest of ans, base3, bitmask
 
     @property
     def head_dim(self) -> int:
@@ -240,8 +259,8 @@ class Config(OptionalSettings):
         return (BANDED_ROW - 1) * self.attention_window or self.sliding_eval_stride
 
     @property
-    def mlp_hidden(self) -> int:
-        return self.mlp_mult * self.model_dim
+    def mlp_dim(self) -> int:
+        return self.mlp_hidden or self.mlp_mult * self.model_dim
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
@@ -319,8 +338,8 @@ def check_config(cfg: Config) -> None:
     need(cfg.model_dim % cfg.num_heads == 0, "model_dim", f"a multiple of NUM_HEADS={cfg.num_heads}")
     need(cfg.head_dim % 2 == 0, "model_dim", f"an even MODEL_DIM/NUM_HEADS for rotary embeddings (NUM_HEADS={cfg.num_heads})")
     need(cfg.num_heads % cfg.num_kv_heads == 0, "num_kv_heads", f"a divisor of NUM_HEADS={cfg.num_heads}")
-    divides = cfg.scale_group != "group" or cfg.model_dim % cfg.bitnet_group_size == 0
-    need(divides, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim}")
+    divides = cfg.scale_group != "group" or math.gcd(cfg.model_dim, cfg.mlp_dim) % cfg.bitnet_group_size == 0
+    need(divides, "bitnet_group_size", f"a divisor of MODEL_DIM={cfg.model_dim} and of the MLP's width {cfg.mlp_dim}")
     need(0 <= cfg.ternary_threshold <= 2, "ternary_threshold", "a number in [0, 2]")
     window = f"TRAIN_SEQ_LEN={cfg.train_seq_len}"
     need(cfg.eval_only or cfg.train_batch_tokens % cfg.train_seq_len == 0, "train_batch_tokens", f"a multiple of {window}")
@@ -605,6 +624,7 @@ class ScaleFormat(NamedTuple):
     stat: Literal["absmean", "rms", "lstsq"] = "absmean"
     storage: Literal["e4m3", "fp16", "bf16"] = "e4m3"
     threshold: float = 0.5
+    binary: bool = False  # codes are the signs, -1 and 1; 0 counts as positive (#641)
 
 
 def ternarize(w: Tensor, group_size: int, form: ScaleFormat = ScaleFormat()) -> tuple[Tensor, Tensor]:  # noqa: B008
@@ -620,7 +640,7 @@ def ternarize(w: Tensor, group_size: int, form: ScaleFormat = ScaleFormat()) -> 
     mean = (size.square() if form.stat == "rms" else size).sum(-1, keepdim=True, dtype=torch.float64) / group_size
     scale = round_scale((mean.sqrt() if form.stat == "rms" else mean).float(), "fp16" if form.stat == "lstsq" else form.storage)
     limit = form.threshold * scale
-    codes = (groups > limit).float() - (groups < -limit).float()
+    codes = 1 - 2 * (groups < 0).float() if form.binary else (groups > limit).float() - (groups < -limit).float()
     if form.stat == "lstsq":
         nonzero = codes.abs()
         total = (size * nonzero).sum(-1, keepdim=True, dtype=torch.float64)
@@ -667,7 +687,7 @@ def round_table(w: Tensor, storage: str) -> Tensor:
     """A table or one of its projections as it comes back from the artifact, float32."""
     if storage == "FP16":
         return round_half(w)
-    codes, scale = round_fp8(w) if storage == "FP8" else round_int(w, int(storage[-1]))
+    codes, scale = round_fp8(w) if storage == "FP8" else round_rows(w, storage)
     return codes.float() * scale
 
 
@@ -832,8 +852,8 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        cos, sin = (t[: x.size(1)].to(x.dtype) for t in (self.cos, self.sin))
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        cos, sin = (t[: x.size(1)].to(x.dtype) for t in tables or (self.cos, self.sin))
         a, b = x.chunk(2, dim=-1)  # (B, T, H, C/2)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -886,7 +906,7 @@ class TernaryLinear(QuantizedLinear):
     def __init__(self, in_dim: int, out_dim: int, cfg: Config, init_std: float = 0.02) -> None:
         super().__init__(in_dim, out_dim)
         self.group_size = {"group": cfg.bitnet_group_size, "row": in_dim, "tensor": in_dim * out_dim}[cfg.scale_group]
-        self.form = ScaleFormat(cfg.scale_stat, cfg.scale_storage, cfg.ternary_threshold)
+        self.form = ScaleFormat(cfg.scale_stat, cfg.scale_storage, cfg.ternary_threshold, cfg.weight_quant == "binary")
         self.format = (self.group_size, self.form)
         self.product = Fp8Product(in_dim, cfg) if cfg.act_quant == "fp8" else self.product
         nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
@@ -937,17 +957,17 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.qkv = TernaryLinear(cfg.model_dim, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim, cfg)
-        self.out = attention_output(cfg) or TernaryLinear(cfg.model_dim, cfg.model_dim, cfg, init_std=0)
+        self.qkv = matrix(cfg.model_dim, [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)], cfg)
+        self.out = attention_output(cfg) or matrix(cfg.model_dim, [cfg.model_dim], cfg, init_std=0)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.rotary = Rotary(cfg)
-        self.flash, self.attend = flash_attention_3(cfg), banded(attend, cfg.attention_window)
+        self.rotary = rotary_kind(cfg)(cfg)
+        self.flash, self.attend, self.norm = flash_attention_3(cfg), banded(attend, cfg.attention_window), output_norm(cfg)
 
     def forward(self, x: Tensor, tail: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + K + K, C)
         q, k, v = qk_norm_rope(qkv, as_stored(self.q_gain), self.rotary)
-        return normed_product(self.mix(q[:, -tail:], k, v).flatten(2), self.out)
+        return normed_product(self.mix(q[:, -tail:], k, v).flatten(2), self.out, self.norm)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
@@ -957,13 +977,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: Config, groups: int = 1) -> None:
         super().__init__()
-        width, hidden = cfg.model_dim // groups, cfg.mlp_hidden // groups
-        self.up = TernaryLinear(width, hidden * ACTIVATION_INPUTS.get(cfg.activation, 1), cfg)
-        self.down = TernaryLinear(hidden, width, cfg, init_std=0)
-        self.activation = (ACTIVATIONS | OTHER_ACTIVATIONS)[cfg.activation]
+        width, hidden = cfg.model_dim // groups, cfg.mlp_dim // groups
+        self.up = matrix(width, [hidden * ACTIVATION_INPUTS.get(cfg.activation, 1)], cfg)
+        self.down = matrix(hidden, [width], cfg, init_std=0)
+        self.activation, self.norm = (ACTIVATIONS | OTHER_ACTIVATIONS)[cfg.activation], output_norm(cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_mlp(x, self) if mlp_fuses(x, self) else normed_product(self.activation(self.up(x)), self.down)
+        return fused_mlp(x, self) if mlp_fuses(x, self) else normed_product(self.activation(self.up(x)), self.down, self.norm)
 
 
 class Block(nn.Module):
@@ -1005,9 +1025,10 @@ class GPT(nn.Module):
         self.embed_in = TableProjection(width, cfg.model_dim, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.embed_out = projection_kind(cfg)(cfg.model_dim, width, cfg.fp_storage) if cfg.embed_dim else nn.Identity()
         self.output = output_table(cfg, self.table)  # the same table, unless an option unties them
-        self.blocks = share_features(nn.ModuleList(block_kind(cfg, i)(cfg, i) for i in range(cfg.num_layers)), cfg)
+        self.blocks = share_features(nn.ModuleList(block_kind(cfg, i)(cfg, i) for i in range(count_blocks(cfg))), cfg)
         self.skip_weights = nn.Parameter(torch.ones(count_skips(cfg), cfg.model_dim))
         self.vocab_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.position = RadialEncoding(cfg) if cfg.position == "radial" else nn.Identity()
         self.refiner = Refiner(cfg) if cfg.refiner else nn.Identity()
         self.mtp_heads = nn.ModuleList(FutureHead(cfg) for _ in range(cfg.mtp_heads))
         self.softcap = SOFTCAPS[cfg.softcap_type]
@@ -1019,7 +1040,7 @@ class GPT(nn.Module):
         With `tail` only those of the last `tail` positions, (B, tail, D): the last pass computes no others.
         """
         dtype = compute_dtype(self.cfg.precision, idx.device)
-        x = x0 = rms_norm(self.embed_in(self.table.rows(idx, dtype)))
+        x = x0 = self.position(rms_norm(self.embed_in(self.table.rows(idx, dtype))))
         skip_weights, skips = as_stored(self.skip_weights).to(dtype), []
         passes, asked = block_order(self.cfg, training), tail
         tail = 0 if self.cfg.smear or self.cfg.refiner else tail  # they look at the positions before
@@ -1067,12 +1088,9 @@ def rounded_once(model: nn.Module) -> Iterator[None]:
 
 def zero_fraction(model: nn.Module) -> float:
     """Share of zeros among the ternary codes."""
-    zeros = total = 0
-    for _, module, p, role in parameter_owners(model):
-        if role.storage == "ternary":
-            zeros += int((module.ternarized()[0] == 0).sum())
-            total += p.numel()
-    return zeros / total
+    owners = [(module, p) for _, module, p, role in parameter_owners(model) if role.storage == "ternary"]
+    zeros = sum(int((module.ternarized()[0] == 0).sum()) for module, _ in owners)
+    return zeros / max(1, sum(p.numel() for _, p in owners))
 
 
 # ---- 6 Optimizer -----------------------------------------------------------------------------------------------------
@@ -1303,7 +1321,7 @@ class TrainingStep:
 
     def __init__(self, model: GPT, cfg: Config, world: World) -> None:
         self.cfg, self.model, self.world = cfg, model, world
-        self.grads = Gradients(model, world)
+        self.grads = gradients_kind(cfg)(model, world)
         self.optimizers = build_optimizers(model, cfg, world, self.grads.banks)
         self.loss_function = compiled(loss_kind(cfg), cfg, world)
         banked = {layer for bank in self.grads.banks for layer in bank.modules}
@@ -1917,7 +1935,7 @@ class QKNormRope(torch.autograd.Function):
 
 def qk_norm_rope(qkv: Tensor, gain: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H + 2K, C), gain (H,) -> normalized, rotated and, the queries, scaled: q (B, T, H, C), k and v (B, T, K, C)."""
-    if kernels_run(qkv):
+    if kernels_run(qkv) and type(rotary) is Rotary:  # POSITION and NTK_ROPE have others
         return QKNormRope.apply(qkv, rotary.cos, rotary.sin, gain)
     q, k, v = qkv.split((len(gain), *[(qkv.size(2) - len(gain)) // 2] * 2), dim=2)
     return rotary(rms_norm(q)) * gain.to(q.dtype)[:, None], rotary(rms_norm(k)), v
@@ -2050,11 +2068,11 @@ def norm_slope(g: Tensor, y: Tensor, rho: Tensor, width: int) -> Tensor:
     return rho**3 * (g.float() * y.float()).sum(-1, keepdim=True) / width
 
 
-def normed_product(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(rms_norm(x)); on a GPU with the norm after the product. On a CPU memory is not what limits it."""
-    if x.is_cuda and x.dtype != torch.float16 and plain(layer, StoredProduct):  # float16 might overflow before the norm
+def normed_product(x: Tensor, layer: nn.Module, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """layer(norm(x)); on a GPU with rms_norm after the product. On a CPU memory is not what limits it."""
+    if norm is rms_norm and x.is_cuda and x.dtype != torch.float16 and plain(layer, StoredProduct):  # 65504 might not hold it
         return NormedMatmul.apply(x, layer.weight, layer.stored(x.dtype))
-    return layer(rms_norm(x))
+    return layer(norm(x))
 
 
 def plain(layer: nn.Module, product: type) -> bool:
@@ -2340,7 +2358,7 @@ def mlp_fuses(x: Tensor, mlp: MLP) -> bool:
     """Whether the MLP's two products run as one function. Not in float16, where h could overflow before its norm."""
     layers = mlp.up, mlp.down
     aligned = all(size % 8 == 0 for size in mlp.down.weight.shape)  # rows for the memory accelerator; 16 if 8 bits, checked
-    same = any(all(plain(layer, product) for layer in layers) for product in (StoredProduct, Fp8Product))
+    same = mlp.norm is rms_norm and any(all(plain(layer, product) for layer in layers) for product in (StoredProduct, Fp8Product))
     return kernels_run(x) and x.dtype != torch.float16 and mlp.activation is ACTIVATIONS["relu2"] and aligned and same
 
 
@@ -2366,7 +2384,7 @@ def fused_mlp(x: Tensor, mlp: MLP) -> Tensor:
 #   4 x 4      length of each stream (uint32)
 #   ...        stream trits: code + 1 of every ternary weight; codec ans puts the class of every column before them
 #   ...        stream scales: for each ternary matrix its scales: e4m3 a byte each; fp16, bf16: all high bytes, then all low ones
-#   ...        stream tables: FP8: exponent of 2 + 128, then e4m3 codes; INTb: a step a row, then codes + 128; FP16: as scales
+#   ...        stream tables: FP8: exponent of 2 + 128, then e4m3 codes; INTb, FP4: a step a row, codes + 128; FP16: as scales
 #   ...        stream controls: float16, for each parameter all high bytes, then all low ones
 #
 # codec=ans: every stream is entropy-coded by `ans_encode`, the same bytes on every machine. codec=base3 and codec=bitmask, the
@@ -2409,7 +2427,8 @@ def pieces(module: nn.Module, p: Tensor, role: Role) -> list[Piece]:
         count, wide = p.numel() // module.group_size, module.form.storage != "e4m3"
         return [Piece("scales", shape, count), *[Piece("scales", "low", count)] * wide]
     if role.storage == "table" and module.fp_storage != "FP16":
-        return [Piece("tables", "scale", 1 if module.fp_storage == "FP8" else shape[0]), Piece("tables", shape, p.numel())]
+        count, wide = 1 if module.fp_storage == "FP8" else shape[0], module.fp_storage == "FP4"
+        return [Piece("tables", "scale", count), *[Piece("tables", "low", count)] * wide, Piece("tables", shape, p.numel())]
     stream = role.storage + "s"
     return [Piece(stream, shape, p.numel()), Piece(stream, "low", p.numel())]
 
@@ -2418,24 +2437,27 @@ def parameter_symbols(module: nn.Module, p: Tensor, role: Role) -> list[np.ndarr
     """The symbols of `pieces`, uint8 each."""
     w = p.detach().float()
     if role.storage == "ternary":
-        bits = module.ternarized()[1].view(torch.int32).numpy().reshape(-1)
-        if module.form.storage == "e4m3":
-            return [((bits >> 20) - E4M3_FIRST).astype(np.uint8)]
-        half = bits.view(np.float32).astype(np.float16).view(np.uint16)
-        return split_bytes(bits >> 16 if module.form.storage == "bf16" else half)
+        return scale_symbols(module.ternarized()[1], module.form.storage)
     storage = module.fp_storage if role.storage == "table" else "FP16"
     if storage == "FP16":
         return split_bytes(w.half().view(torch.int16).numpy().view(np.uint16))
     if storage == "FP8":
         codes, scale = round_fp8(w)
         return [np.array([128 + round(math.log2(scale.item()))], np.uint8), codes.view(torch.uint8).numpy().reshape(-1)]
-    codes, step = round_int(w, int(storage[-1]))
-    bits = step.view(torch.int32).numpy().reshape(-1)
-    return [((bits >> 20) - E4M3_FIRST).astype(np.uint8), (codes.numpy().reshape(-1) + 128).astype(np.uint8)]
+    codes, step = round_rows(w, storage)
+    return [*scale_symbols(step, row_scale(storage)), (codes.numpy().reshape(-1) + 128).astype(np.uint8)]
+
+
+def scale_symbols(scale: Tensor, storage: str) -> list[np.ndarray]:
+    """Scales as they are stored: a byte each, or all high bytes and all low ones."""
+    bits = scale.view(torch.int32).numpy().reshape(-1)
+    if storage == "e4m3":
+        return [((bits >> 20) - E4M3_FIRST).astype(np.uint8)]
+    return split_bytes(bits >> 16 if storage == "bf16" else bits.view(np.float32).astype(np.float16).view(np.uint16))
 
 
 def stored_scales(symbols: list[np.ndarray], storage: str) -> Tensor:
-    """Inverse of a matrix's scale symbols: (groups, 1) float32."""
+    """Inverse of scale_symbols: (groups, 1) float32."""
     if storage == "e4m3":
         return torch.from_numpy((symbols[0].astype(np.int32) + E4M3_FIRST) << 20).view(torch.float32)[:, None]
     bits = join_bytes(*symbols)
@@ -2451,7 +2473,7 @@ def stored_parameter(module: nn.Module, shape: torch.Size, role: Role, symbols: 
     if storage == "FP8":
         codes = torch.from_numpy(symbols[1].copy()).view(torch.float8_e4m3fn).float()
         return codes.view(shape) * 2.0 ** (int(symbols[0][0]) - 128)
-    return (torch.from_numpy(symbols[1].astype(np.float32)) - 128).view(shape) * stored_scales(symbols, "e4m3")
+    return (torch.from_numpy(symbols[-1].astype(np.float32)) - 128).view(shape) * stored_scales(symbols[:-1], row_scale(storage))
 
 
 class Layout:
@@ -2478,7 +2500,7 @@ def column_classes(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> np.n
     Columns that see small activations keep small weights: their zeros are frequent. On trained weights this takes 2.0 % off
     the trits' entropy, the classes paid for; rows, scales and neighbouring trits add nothing (RESULTS.md R005).
     """
-    classes, at = [], 0
+    classes, at = [symbols[:0]], 0
     for rows, columns in matrices:
         zeros = (symbols[at : at + rows * columns].reshape(rows, columns) == 1).sum(0)
         classes.append(np.searchsorted(COLUMN_BOUNDS, (zeros << 16) // rows, side="right").astype(np.uint8))
@@ -2488,8 +2510,8 @@ def column_classes(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> np.n
 
 def trit_contexts(classes: np.ndarray, matrices: list[tuple[int, int]]) -> np.ndarray:
     """The class of each trit's column, in the order of the trits."""
-    ends = np.cumsum([columns for _, columns in matrices])[:-1]
-    return np.concatenate([np.tile(own, rows) for own, (rows, _) in zip(np.split(classes, ends), matrices, strict=True)])
+    ends = itertools.accumulate(columns for _, columns in matrices)
+    return np.concatenate([classes[:0], *(np.tile(classes[b - n : b], r) for b, (r, n) in zip(ends, matrices, strict=True))])
 
 
 def encode_trits(symbols: np.ndarray, matrices: list[tuple[int, int]]) -> bytes:
@@ -2550,7 +2572,7 @@ def model_symbols(model: GPT, cfg: Config) -> list[np.ndarray]:
             streams["trits"].append(module.ternarized()[0].to(torch.uint8).add_(1).flatten().numpy())
         for piece, symbols in zip(pieces(module, p, role), parameter_symbols(module, p, role), strict=True):
             streams[piece.stream].append(symbols)
-    return [np.concatenate(streams[name]) for name in STREAMS]
+    return [np.concatenate(streams[name] or [np.empty(0, np.uint8)]) for name in STREAMS]
 
 
 def save_artifact(model: GPT, cfg: Config) -> bytes:
@@ -2561,7 +2583,7 @@ def save_artifact(model: GPT, cfg: Config) -> bytes:
     """
     model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     layout, symbols = Layout(model), model_symbols(model, cfg)
-    names = list(CODECS) if cfg.artifact_codec == "auto" else [cfg.artifact_codec]
+    names = list(AUTO_CODECS) if cfg.artifact_codec == "auto" else [cfg.artifact_codec]
     with ThreadPoolExecutor() as pool:  # LZMA and numpy release the interpreter
         packed = dict(zip(names, pool.map(lambda name: pack_streams(symbols, layout, name), names), strict=True))
     for codec in sorted(names, key=lambda name: sum(map(len, packed[name]))):
@@ -2700,37 +2722,100 @@ def unpack_bitmask(data: bytes, count: int) -> np.ndarray:
     return codes
 
 
-PACKINGS = {"base3": (pack_base3, unpack_base3), "bitmask": (pack_bitmask, unpack_bitmask)}
-CODECS = ("ans", *PACKINGS)
+def pack_2bit(codes: np.ndarray) -> bytes:
+    """Four codes a byte, the first in the lowest two bits, as code + 1 (#126); the last byte is filled up with 0."""
+    digits = np.zeros(-(-codes.size // 4) * 4, np.uint8)
+    digits[: codes.size] = codes + 1
+    return (digits.reshape(-1, 4) << np.array([0, 2, 4, 6], np.uint8)).sum(1, dtype=np.uint8).tobytes()
+
+
+def unpack_2bit(data: bytes, count: int) -> np.ndarray:
+    """Inverse of pack_2bit: (count,) int8. ValueError unless the bytes are exactly a packing of `count` codes."""
+    packed = np.frombuffer(data, np.uint8)
+    digits = ((packed[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3).reshape(-1)
+    if packed.size != -(-count // 4) or digits.max(initial=0) > 2 or digits[count:].any():
+        raise ValueError("not a 2-bit packing")
+    return digits[:count].astype(np.int8) - 1
+
+
+def unpack_int8(data: bytes, count: int) -> np.ndarray:
+    """A code a byte, (count,) int8. ValueError unless they are `count` codes."""
+    codes = np.frombuffer(data, np.int8)
+    if codes.size != count or codes.min(initial=0) < -1 or codes.max(initial=0) > 1:
+        raise ValueError("not ternary codes")
+    return codes
+
+
+class Compressor(NamedTuple):
+    """`expand(data, most)` gives at most `most` bytes and takes no more memory than that; ArtifactError for anything else."""
+
+    compress: Callable[[bytes], bytes]
+    expand: Callable[[bytes, int], bytes]
 
 
 def compress(raw: bytes) -> bytes:
     return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
-def decompress(data: bytes, most: int) -> bytes:
-    """At most `most` bytes, or ArtifactError; never more memory than that."""
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+def expand(decoder: Any, data: bytes, most: int) -> bytes:
+    """One whole stream of a decoder of lzma's or zlib's kind."""
     try:
-        raw = decoder.decompress(data, max_length=most + 1)
-    except lzma.LZMAError as error:
+        raw = decoder.decompress(data, most + 1)
+    except (lzma.LZMAError, zlib.error) as error:
         raise ArtifactError(f"a stream does not decompress: {error}") from None
     if len(raw) > most or not decoder.eof or decoder.unused_data:
         raise ArtifactError(f"a stream does not hold what its model has: at most {most} bytes")
     return raw
 
 
+def zstandard_module(what: str = "an artifact with zstd") -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{what} needs the package zstandard (pip install zstandard)") from None
+    return zstandard
+
+
+def expand_zstd(data: bytes, most: int) -> bytes:
+    zstd = zstandard_module()
+    try:  # a frame of ours says how long its content is, so the memory is known before it is taken
+        size = zstd.get_frame_parameters(data).content_size
+        if size <= most:
+            return zstd.ZstdDecompressor(max_window_size=1 << 27).decompress(data, max_output_size=1, allow_extra_data=False)
+    except zstd.ZstdError as error:
+        raise ArtifactError(f"a stream does not decompress: {error}") from None
+    raise ArtifactError(f"a stream does not hold what its model has: at most {most} bytes")
+
+
+# zlib's level 9 takes 2 s/MB on a code a byte, level 6 0.1 s/MB for 4 % more bytes; on packed codes they are the same
+COMPRESSORS = {
+    "lzma": Compressor(compress, lambda *stream: expand(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS), *stream)),
+    "zlib9": Compressor(lambda raw: zlib.compress(raw, 9), lambda *stream: expand(zlib.decompressobj(), *stream)),
+    "zlib6": Compressor(lambda raw: zlib.compress(raw, 6), lambda *stream: expand(zlib.decompressobj(), *stream)),
+    "zstd": Compressor(lambda raw: zstandard_module().ZstdCompressor(level=22).compress(raw), expand_zstd),
+}
+PACKINGS = {"base3": (pack_base3, unpack_base3), "bitmask": (pack_bitmask, unpack_bitmask), "2bit": (pack_2bit, unpack_2bit),
+            "int8": (np.ndarray.tobytes, unpack_int8)}
+PUBLISHED = {"base3": ("base3", "lzma"), "bitmask": ("bitmask", "lzma"), "2bit": ("2bit", "zlib9"), "int8": ("int8", "zlib6"),
+             **{f"{packing}_zstd": (packing, "zstd") for packing in PACKINGS}}
+CODECS, AUTO_CODECS = ("ans", *PUBLISHED), ("ans", "base3", "bitmask")
+
+
 def pack_published(symbols: list[np.ndarray], codec: str) -> list[bytes]:
-    """The streams' bytes: packed trits and raw symbols, LZMA each."""
-    return [compress(r) for r in (PACKINGS[codec][0](symbols[0].view(np.int8) - 1), *(s.tobytes() for s in symbols[1:]))]
+    """The streams' bytes: packed trits and raw symbols, each compressed."""
+    packing, compressor = PUBLISHED[codec]
+    raw = (PACKINGS[packing][0](symbols[0].view(np.int8) - 1), *(s.tobytes() for s in symbols[1:]))
+    return [COMPRESSORS[compressor].compress(r) for r in raw]
 
 
 def unpack_published(streams: list[bytes], counts: list[int], codec: str) -> list[np.ndarray]:
     """Inverse of pack_published; ArtifactError unless each stream holds exactly its count of symbols."""
-    others = [np.frombuffer(decompress(data, count), np.uint8) for data, count in zip(streams[1:], counts[1:], strict=True)]
-    packed = decompress(streams[0], 2 * -(-counts[0] // 8) + 1)
+    packing, compressor = PUBLISHED[codec]
+    grown = COMPRESSORS[compressor].expand
+    others = [np.frombuffer(grown(data, count), np.uint8) for data, count in zip(streams[1:], counts[1:], strict=True)]
+    packed = grown(streams[0], counts[0] if packing == "int8" else 2 * -(-counts[0] // 8) + 1)
     try:
-        codes = PACKINGS[codec][1](packed, counts[0])
+        codes = PACKINGS[packing][1](packed, counts[0])
     except ValueError as error:
         raise ArtifactError(f"stream trits: {error}") from None
     symbols = [(codes + 1).view(np.uint8), *others]
@@ -2739,16 +2824,29 @@ def unpack_published(streams: list[bytes], counts: list[int], codec: str) -> lis
     return symbols
 
 
-def round_int(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole-number codes (as w) and a step (rows, 1) for each row: its root mean square / 2^(bits - 2).
+def round_rows(w: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """Whole-number codes (as w) and a step (rows, 1) for each row. FP4: `round_fp4`. INTb: root mean square / 2^(b - 2).
 
-    A Gaussian row then takes bits + .05 bits a weight after entropy coding; codes reach +-127, so nothing near is clipped
+    A Gaussian row then takes b + .05 bits a weight after entropy coding; codes reach +-127, so nothing near is clipped
     (a uniform quantizer with entropy coding: Gish and Pierce 1968). The step is rounded like a scale. Reciprocal and root
     are taken in float64: the quotient is then the same on every device.
     """
+    if storage == "FP4":
+        return round_fp4(w.float())
     rms = w.float().square().mean(-1, keepdim=True, dtype=torch.float64).sqrt()
-    step = round_scale((rms * 2.0 ** (2 - bits)).float(), "e4m3")
+    step = round_scale((rms * 2.0 ** (2 - int(storage[-1]))).float(), "e4m3")
     return (w.float() * step.double().reciprocal().float()).round().clamp(-127, 127), step
+
+
+def row_scale(storage: str) -> str:
+    """How the steps of a table's rows are stored."""
+    return "fp16" if storage == "FP4" else "e4m3"
+
+
+def round_fp4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """#640's FP4: codes -7..7 and a float16 scale (rows, 1), the row's largest magnitude / 7."""
+    scale = round_scale(w.abs().amax(-1, keepdim=True) / 7, "fp16")
+    return (w * scale.double().reciprocal().float()).round().clamp(-7, 7), scale
 
 
 # ---- 11 Evaluation ---------------------------------------------------------------------------------------------------
@@ -2932,7 +3030,8 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
 
 
 # ---- 13 Optional systems (option) ------------------------------------------------------------------------------------
-# Other systems of the field, off in the default run: nothing above reads them then.
+# Other systems of the field, off in the default run. What the sections above ask for here is a kind of module (`matrix`,
+# `..._kind`): the default's own classes unless a setting names another.
 
 # Updates of matrices, by MATRIX_OPTIMIZER: (optimizer, gradients (n, rows, columns), their state, momentum) -> what is
 # subtracted after multiplication with the learning rate. Every tensor of the state has n first.
@@ -3201,10 +3300,11 @@ def check_optional(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
         need(0 <= getattr(cfg, name) <= 16, name, "0 to 16")
     need(not cfg.refiner or 2 <= cfg.refiner_kernel <= 64, "refiner_kernel", "2 to 64 with REFINER=1")
     need(0 <= cfg.mlp_groups <= 256, "mlp_groups", "0 to 256")
-    width, group = math.gcd(cfg.model_dim, cfg.mlp_hidden), cfg.bitnet_group_size if cfg.scale_group == "group" else 1
+    width, group = math.gcd(cfg.model_dim, cfg.mlp_dim), cfg.bitnet_group_size if cfg.scale_group == "group" else 1
     expected = f"a divisor of {width} (MODEL_DIM and the MLP's width) that leaves multiples of BITNET_GROUP_SIZE={group}"
     need(not cfg.mlp_groups or width % (cfg.mlp_groups * group) == 0, "mlp_groups", expected)
     check_output(cfg, need)
+    check_systems(cfg, need)
     if cfg.act_quant == "fp8":
         check_fp8(cfg, need)
 
@@ -3214,7 +3314,7 @@ def check_fp8(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
     need(cfg.scale_storage == "e4m3", "scale_storage", "e4m3 with ACT_QUANT=fp8, which then holds the stored weights exactly")
     need(cfg.precision != "fp16", "precision", "no fp16 with ACT_QUANT=fp8: its gradients are not on a loss scale")
     need(not cfg.mlp_groups, "mlp_groups", "0 with ACT_QUANT=fp8: a part of a normalized row has no bound of its own")
-    sizes = cfg.model_dim % 16 == 0 and cfg.mlp_hidden % 16 == 0
+    sizes = cfg.model_dim % 16 == 0 and cfg.mlp_dim % 16 == 0
     need(sizes, "model_dim", "a multiple of 16 with ACT_QUANT=fp8, like the MLP's width")
     qkv = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     need(qkv % 16 == 0, "num_kv_heads", f"a fused projection of a multiple of 16 rows with ACT_QUANT=fp8, not {qkv}")
@@ -3294,9 +3394,9 @@ def banded(attend: Callable, window: int) -> Callable:
 def block_kind(cfg: Config, layer: int) -> type[Block]:
     """The layers without attention are those in the middle."""
     first = (cfg.num_layers - cfg.attention_free_layers) // 2
-    if first <= layer < first + cfg.attention_free_layers:
-        return AttentionFreeBlock
-    return ParallelBlock if cfg.parallel_blocks else Block
+    free = first <= layer < first + cfg.attention_free_layers
+    kind = AttentionFreeBlock if free else ParallelBlock if cfg.parallel_blocks else Block
+    return checkpointed(kind) if cfg.gradient_checkpointing else kind
 
 
 class ParallelBlock(Block):
@@ -3335,12 +3435,17 @@ def count_skips(cfg: Config) -> int:
     return cfg.num_layers // 2 * cfg.unet
 
 
+def count_blocks(cfg: Config) -> int:
+    """Blocks with weights of their own; with #126's recurrence layer i passes through block i mod this."""
+    return cfg.num_unique_layers or cfg.num_layers
+
+
 def block_order(cfg: Config, training: bool) -> list[BlockPass]:
     """The passes of one forward pass. Depth recurrence (#640) repeats each block in a row: a skip is popped before the first
     repeat and pushed after the last."""
     repeats = (not training and cfg.eval_depth_recurrence) or max(1, cfg.training_depth_recurrence)
-    n, passes = count_skips(cfg), itertools.product(range(cfg.num_layers), range(repeats))
-    return [BlockPass(i, i - n if r == 0 and n <= i < 2 * n else None, r == repeats - 1 and i < n) for i, r in passes]
+    n, passes, blocks = count_skips(cfg), itertools.product(range(cfg.num_layers), range(repeats)), count_blocks(cfg)
+    return [BlockPass(i % blocks, i - n if r == 0 and n <= i < 2 * n else None, r == repeats - 1 and i < n) for i, r in passes]
 
 
 # #640's switches in the model. Its script trained some of them in bfloat16, or not at all, or stored other weights than it had
@@ -3374,8 +3479,9 @@ class GroupedMLP(nn.Module):
         return torch.cat([mlp(part) for mlp, part in zip(self.groups, parts, strict=True)], dim=-1)
 
 
-def attention_kind(cfg: Config, index: int) -> type[Attention]:  # noqa: ARG001
-    return DifferentialAttention if cfg.diff_attn else Attention
+def attention_kind(cfg: Config, index: int) -> type[Attention]:
+    last = index >= count_blocks(cfg) - cfg.xsa_last_n
+    return DifferentialAttention if cfg.diff_attn else ExclusiveAttention if last else Attention
 
 
 class DifferentialAttention(Attention):
@@ -3428,7 +3534,7 @@ class Refiner(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.kernel = cfg.refiner_kernel
-        self.conv = TernaryLinear(self.kernel * cfg.model_dim, cfg.model_dim, cfg)
+        self.conv = matrix(self.kernel * cfg.model_dim, [cfg.model_dim], cfg)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -3614,6 +3720,189 @@ def share_features(blocks: nn.ModuleList, cfg: Config) -> nn.ModuleList:
     return blocks
 
 
+# Model and storage of #139 and #367 (ksang123), #126 (Athenox14), #435 (rthgit) and #641
+
+
+def check_systems(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
+    """Ranges and combinations of these settings."""
+    for name in ("mlp_hidden", "xsa_last_n", "num_unique_layers", "ternary_commit_lambda"):
+        need(getattr(cfg, name) >= 0, name, "0 or more")
+    need(cfg.mlp_hidden <= 2**20 and cfg.mlp_hidden % 4 == 0, "mlp_hidden", f"a multiple of 4, at most {2**20}")
+    need(cfg.recurrence_factor >= 1, "recurrence_factor", "at least 1")
+    need(cfg.num_unique_layers or cfg.recurrence_factor == 1, "recurrence_factor", "1, or NUM_UNIQUE_LAYERS above 0")
+    passes = count_blocks(cfg) * cfg.recurrence_factor
+    expected = f"{passes} passes = NUM_UNIQUE_LAYERS={cfg.num_unique_layers} x RECURRENCE_FACTOR={cfg.recurrence_factor}"
+    need(passes == cfg.num_layers, "num_layers", expected)
+    free = cfg.num_unique_layers and cfg.attention_free_layers
+    need(not free, "num_unique_layers", "0 with ATTENTION_FREE_LAYERS, which counts layers of its own")
+    need(cfg.xsa_last_n <= count_blocks(cfg), "xsa_last_n", f"at most the {count_blocks(cfg)} blocks")
+    need(not cfg.xsa_last_n or not cfg.diff_attn, "xsa_last_n", "0 with DIFF_ATTN=1, whose halves of a head have other values")
+    need(1 <= cfg.radial_bits <= 20, "radial_bits", "1 to 20")
+    need(0 < cfg.radial_alpha <= 1e3, "radial_alpha", "a number in (0, 1000]")
+    need(not cfg.ntk_rope or cfg.position == "rope", "ntk_rope", f"0 with POSITION={cfg.position}")
+    need(not cfg.ntk_rope or cfg.rope_type == "rope", "ntk_rope", "0, or ROPE_TYPE=rope: YaRN changes the spectrum another way")
+    need(not cfg.ntk_rope or cfg.head_dim > 2, "ntk_rope", "0 with a head of 2 channels")
+    quantized, standard = cfg.weight_quant != "none", cfg.attn_proj_type == cfg.logit_head_type == "standard"
+    need(quantized or not cfg.ternary_commit_lambda, "ternary_commit_lambda", "0 with WEIGHT_QUANT=none, which has no codes")
+    need(quantized or standard, "weight_quant", "not none with Tversky layers, whose prototypes are quantized")
+    fits = quantized and cfg.input_norm != "none" and (not cfg.qkv_split or cfg.num_kv_heads * cfg.head_dim % 16 == 0)
+    need(cfg.act_quant != "fp8" or fits, "act_quant", "no fp8 without codes, normalized inputs and multiples of 16 rows")
+    need(not cfg.attention_window or cfg.position != "radial", "position", "no radial with ATTENTION_WINDOW: rows are longer")
+    plain = cfg.scale_stat != "lstsq" and cfg.ternary_threshold == 0.5
+    need(cfg.weight_quant != "binary" or plain, "weight_quant", "ternary with SCALE_STAT=lstsq or a TERNARY_THRESHOLD")
+    if PUBLISHED.get(cfg.artifact_codec, ("", ""))[1] == "zstd":
+        zstandard_module(f"ARTIFACT_CODEC={cfg.artifact_codec!r}")
+
+
+class HalfLinear(TableProjection):
+    """No quantization but float16's, which it is stored in."""
+
+    def __init__(self, in_dim: int, out_dim: int, cfg: Config, init_std: float) -> None:  # noqa: ARG002
+        super().__init__(in_dim, out_dim, "FP16")
+        nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
+
+
+class SideBySide(nn.Module):
+    """Matrices with one input, their outputs joined: the function of one matrix, each with its own optimizer step."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def matrix(in_dim: int, out_dims: list[int], cfg: Config, init_std: float = 0.02) -> nn.Module:
+    """A matrix of a block, (sum of out_dims, in_dim), and what happens to its input first."""
+    if cfg.qkv_split and len(out_dims) > 1:
+        return SideBySide([matrix(in_dim, [n], cfg, init_std) for n in out_dims])
+    linear = (HalfLinear if cfg.weight_quant == "none" else TernaryLinear)(in_dim, sum(out_dims), cfg, init_std)
+    steps = [InputNorm()] * (cfg.input_norm == "all") + [Int8Input()] * (cfg.act_quant == "int8")
+    linear.prepare = nn.Sequential(*steps) if steps else linear.prepare
+    return linear
+
+
+class InputNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
+
+
+class Int8Input(nn.Module):
+    """Each token's channels on the 255 levels -127..127 of its largest magnitude (#126), the gradient straight through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = x.detach().float().abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+        return StraightThrough.apply(x, ((x.detach() / level).round().clamp(-127, 127) * level).to(x.dtype))
+
+
+def output_norm(cfg: Config) -> Callable[[Tensor], Tensor]:
+    """What stands before the two output matrices of a block. INPUT_NORM=all has it in `prepare` of every matrix instead."""
+    return rms_norm if cfg.input_norm == "outputs" else nn.Identity()
+
+
+class ExclusiveAttention(Attention):
+    """XSA (#367): the part of each head's output along the value of its own token is taken out."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = super().mix(q, k, v).unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, C)
+        own = F.normalize(v[:, -y.size(1) :], dim=-1).unsqueeze(3)
+        return (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
+@functools.cache
+def checkpointed(kind: type[Block]) -> type[Block]:
+    """A block that keeps its input alone for the backward pass and computes the rest again."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(kind):
+        def forward(self, x: Tensor, x0: Tensor, tail: int = 0) -> Tensor:
+            return checkpoint(super().forward, x, x0, tail, use_reentrant=False, preserve_rng_state=False)
+
+    return Checkpointed
+
+
+def rotary_kind(cfg: Config) -> type[nn.Module]:
+    if cfg.position != "rope":
+        return nn.Identity
+    return NTKRotary if cfg.ntk_rope else Rotary
+
+
+class NTKRotary(Rotary):
+    """Rotary whose base follows the length of a training sequence (#126): base * (T / train_seq_len)^(C / (C - 2)) below it.
+
+    Only where gradients flow: evaluation has the full base, whatever its windows' length, as the loaded model has.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.cfg = cfg
+
+    def forward(self, x: Tensor) -> Tensor:
+        cfg, length = self.cfg, x.size(1)
+        if not x.requires_grad or length >= cfg.train_seq_len:
+            return super().forward(x)
+        base = cfg.rope_base * (length / cfg.train_seq_len) ** (cfg.head_dim / (cfg.head_dim - 2))
+        i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64, device=x.device) / cfg.head_dim
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device=x.device), base**-i)[:, None]
+        return super().forward(x, (angle.cos(), angle.sin()))
+
+
+class RadialEncoding(nn.Module):
+    """Positions as points of a golden spiral (#435), through a matrix (4, D), added to the normalized embedding.
+
+    Bit i of a position is a vector of length alpha * phi^i at the angle 2 pi i / bits; the features are real and imaginary part,
+    magnitude and angle of the vectors' sum z. A position has no bits beyond `radial_bits`: with #435's 8, positions 256 apart
+    are the same to the model, as they were to it.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        i = torch.arange(cfg.radial_bits)
+        bits = (torch.arange(cfg.train_seq_len)[:, None] >> i & 1).double()
+        length, angle = cfg.radial_alpha * ((1 + 5**0.5) / 2) ** i.double(), 2 * math.pi * i.double() / cfg.radial_bits
+        z = torch.complex(bits @ (length * angle.cos()), bits @ (length * angle.sin()))
+        features = torch.stack((z.real, z.imag, z.abs(), z.angle()), -1).float()  # (T, 4)
+        self.register_buffer("features", features, persistent=False)
+        self.weight = nn.Parameter(torch.empty(cfg.model_dim, 4))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(self.features[: x.size(1)], as_stored(self.weight)).to(x.dtype)
+
+
+def gradients_kind(cfg: Config) -> type[Gradients]:
+    return CommittedGradients if cfg.ternary_commit_lambda else Gradients
+
+
+class CommittedGradients(Gradients):
+    """With the gradient of #126's commitment loss: lambda * sum over matrices of mean((w / alpha - code)^2).
+
+    Once a step, after the sum over the processes, each in its own shards. alpha is a group's scale before it is rounded; it is
+    differentiated, as in #126: the pull changes the shape of a group's weights and not their size.
+    """
+
+    def __init__(self, model: GPT, world: World) -> None:
+        super().__init__(model, world)
+        self._weight = model.cfg.ternary_commit_lambda
+
+    def compute(self, loss_function: Callable, x: Tensor, y: Tensor, micro_batches: int) -> None:
+        super().compute(loss_function, x, y, micro_batches)
+        for bank in self.banks:
+            if bank.modules[0].role.storage == "ternary":
+                (self._weight * self.scale * commitment(bank.shard, *bank.modules[0].format)).backward()
+
+
+def commitment(w: Tensor, group_size: int, form: ScaleFormat) -> Tensor:
+    """Mean squared distance of latent weights, in units of their scale, from their codes: w (n, rows, columns), summed over n."""
+    codes, groups = ternarize(w.detach(), group_size, form)[0], w.view(-1, group_size)
+    if form.stat == "rms":
+        alpha = groups.square().mean(-1, keepdim=True).clamp_min(1e-16).sqrt()
+    else:
+        alpha = groups.abs().mean(-1, keepdim=True).clamp_min(1e-8)
+    return (groups / alpha - codes).square().sum() * len(w) / w.numel()
+
+
 # ---- 14 Main ---------------------------------------------------------------------------------------------------------
 
 
@@ -3644,8 +3933,7 @@ def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
     for name in own:
         if own[name] != stored[name] and own[name] != default[name]:
             raise UserError(f"{name}={own[name]}, but the model in ARTIFACT_PATH={cfg.artifact_path!r} has {name}={stored[name]}")
-    fields = {name.lower(): getattr(artifact_cfg, name.lower()) for name in own}
-    return dataclasses.replace(exported(cfg), **fields)
+    return dataclasses.replace(exported(cfg), **{name.lower(): getattr(artifact_cfg, name.lower()) for name in own})
 
 
 def read_artifact(cfg: Config) -> tuple[bytes, Config]:

@@ -47,4 +47,4 @@ def test_runtime_needs_torch_numpy_sentencepiece_and_the_standard_library():
 
     tops = {a.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names}
     tops |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
-    assert tops - set(sys.stdlib_module_names) == {"torch", "numpy", "sentencepiece", "flash_attn_interface", "triton"}
+    assert tops - set(sys.stdlib_module_names) == {"torch", "numpy", "sentencepiece", "flash_attn_interface", "triton", "zstandard"}
