@@ -12,11 +12,12 @@
 #   systems   configs/*.env (SYSTEMS="pr640 fast": these), SYSTEM_SECONDS=120 of training each, as many as fit    9 min
 #   all       all of them; about three quarters of an hour
 #
-# Minutes are what a stage is expected to take on one H100, not measured yet. LIMIT_S (default 585) ends a stage that takes longer; what
-# fails is reported at the end and the rest goes on. BASELINE=FOLDER: another checkout, measured beside this one in step, levers, eval.
+# Minutes are what a stage is expected to take on one H100, not measured yet. LIMIT_S (default 585) ends a stage that takes
+# longer; what fails is reported at the end and the rest goes on. BASELINE=FOLDER: another checkout, beside this one in step,
+# levers and eval.
 #
-# FOLDER holds corpus_train_*.jsonl.xz, corpus_val.jsonl.xz and tokenizers/. Where only the working tree reaches the GPU's machine, put
-# both into ignored folders that are carried along (two of the corpus files stay below 64 MiB):
+# FOLDER holds corpus_train_*.jsonl.xz, corpus_val.jsonl.xz and tokenizers/. Where only the working tree reaches the
+# GPU's machine, put both into ignored folders that are carried along (two of the corpus files stay below 64 MiB):
 #
 #   mkdir -p data/carried data/baseline
 #   cp CORPUS/corpus_train_0[01].jsonl.xz CORPUS/corpus_val.jsonl.xz data/carried/ && cp -r CORPUS/tokenizers data/carried/
@@ -72,7 +73,9 @@ bench() {
   local name=$1 seconds=$2
   shift 2
   part "$name" "$seconds" "$python" bench/step.py "$@" --json "$out/.figures"
-  [[ ! -e $out/.figures ]] || { printf '{"stage": "%s", "name": "%s", "figures": %s}\n' "$stage" "$name" "$(cat "$out/.figures")" >>"$out/figures.jsonl"; }
+  if [[ -e $out/.figures ]]; then
+    printf '{"stage": "%s", "name": "%s", "figures": %s}\n' "$stage" "$name" "$(cat "$out/.figures")" >>"$out/figures.jsonl"
+  fi
   rm -f "$out/.figures"
 }
 

@@ -32,12 +32,14 @@ from typing import NamedTuple
 REGION, FORWARD = "bench:region", "bench:forward"  # annotations: what is measured; the forward pass within it
 PASSES = ("forward", "input gradient", "weight gradient")
 GROUPS = (*(f"ternary GEMMs, {name}" for name in PASSES), "attention, forward", "attention, backward", "elementwise, forward",
-          "elementwise, backward", "head, embedding and loss", "gradient accumulation", "other GEMMs", "optimizer", "communication",
-          "idle")  # fmt: skip
+          "elementwise, backward", "head, embedding and loss", "gradient accumulation", "other GEMMs", "optimizer",
+          "communication", "idle")  # fmt: skip
 COMMUNICATION = re.compile(r"nccl|c10d::|gloo|all_?gather|reduce_?scatter|all_?reduce", re.I)
 ATTENTION = re.compile(r"scaled_dot_product|attention|flash|fmha|sdpa", re.I)
 HEAD = re.compile(r"embedding|lookup|logsumexp|log_softmax|cross_entropy|nll|softcap|loss", re.I)
-MATMUL = re.compile(r"\b(add|b|badd)?mm\b|_scaled_mm|matmul|gemm|nvjet|cutlass|splitk|triton_(tem_|mm)|linear|mlp|_mm_|_mm$", re.I)
+MATMUL = re.compile(
+    r"\b(add|b|badd)?mm\b|_scaled_mm|matmul|gemm|nvjet|cutlass|splitk|triton_(tem_|mm)|linear|mlp|_mm_|_mm$", re.I
+)
 FUSED = re.compile(r"triton_(poi|red|per|for)_")  # torch.compile's own kernels are named after every operation fused into them
 OWN_OPERATOR = re.compile(r"(?!aten::|c10d::|autograd::|prim::)\w+::")
 WEIGHT_GRADIENT = re.compile(r"wgrad|weight_grad|_dw", re.I)
@@ -127,7 +129,7 @@ def product_group(dims: list, backward: bool, shapes: Shapes) -> str | None:
 
 
 def matmul_group(call: Call, backward: bool, shapes: Shapes) -> str | None:
-    """The group of a matrix product; None if the call is none. An operator of train_gpt.py is one if its operands are a product's."""
+    """The group of a matrix product; None if the call is none. train_gpt.py's operators are if their operands are a product's."""
     inner = call.stack[0].name if call.stack else ""
     named = any(MATMUL.search(name) for name in (call.name, inner))
     if FUSED.match(call.name) or not (named or OWN_OPERATOR.match(inner)):
@@ -178,7 +180,11 @@ def host_timelines(events: list[dict]) -> tuple[dict, dict]:
 def kernel_calls(events: list[dict]) -> Iterator[tuple[float, float, Call]]:
     """(start, end, call) of everything that ran on the GPU."""
     threads, by_id = host_timelines(events)
-    launches = {e["args"]["correlation"]: e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
+    launches = {
+        e["args"]["correlation"]: e
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
     for e in events:
         if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             launch = launches.get(e["args"].get("correlation"))
@@ -212,7 +218,7 @@ def cpu_groups(events: list[dict], shapes: Shapes) -> dict[str, float]:
 
 
 def read_trace(path: Path, shapes: Shapes, gpu: bool) -> tuple[dict[str, float], float]:
-    """(milliseconds by group, idle not yet among them; wall milliseconds of REGION). ValueError for a GPU's trace without kernels."""
+    """(milliseconds by group, idle still 0; wall milliseconds of REGION). ValueError for a GPU's trace without kernels."""
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
     if gpu and not any(e.get("cat") == "kernel" for e in events):
         raise ValueError("the profiler saw no kernel of the GPU")

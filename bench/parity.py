@@ -54,11 +54,14 @@ def nats_and_gradients(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Ten
 def row(cfg: t.Config, case: tuple[str, str, bool], batch: tuple, reference: tuple[torch.Tensor, dict]) -> str:
     device, precision, training = case
     nats, gradients = nats_and_gradients(dataclasses.replace(cfg, precision=precision), device, *batch, training)
-    cosines = {name: F.cosine_similarity(g.flatten(), reference[1][name].flatten(), dim=0).item() for name, g in gradients.items()}
+    cosines = {
+        name: F.cosine_similarity(g.flatten(), reference[1][name].flatten(), dim=0).item() for name, g in gradients.items()
+    }
     worst = min(cosines, key=cosines.__getitem__)
     largest = "" if training else f"{(nats - reference[0]).abs().max():.2e}"
     mean = nats.mean() - reference[0].mean()
-    return f"| {device} | {precision} | {'training' if training else 'plain'} | {largest} | {mean:+.2e} | {cosines[worst]:.6f} {worst} |"
+    path = "training" if training else "plain"
+    return f"| {device} | {precision} | {path} | {largest} | {mean:+.2e} | {cosines[worst]:.6f} {worst} |"
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ Step. Milliseconds are medians over the rounds; a round is the median of its ste
 real one: next batch, micro-batches forward and backward, optimizers, rounding. "ms / 65,536 tokens" is that step divided by its
 tokens: the optimizer's share is that of TRAIN_BATCH_TOKENS on one process. Model FLOPs: `flops_a_token` in bench/step_worker.py.
 "of peak": of the matrix product measured in the same run (8192^3 in bfloat16 on a GPU). Kernel groups: bench/kernel_groups.py.
-On a GPU idle is the unprofiled step minus its kernels, since profiling slows the host; on a CPU everything but PyTorch's operations.
+On a GPU idle is the unprofiled step minus its kernels, since profiling slows the host; on a CPU all but PyTorch's operations.
 
-Evaluation. The model comes from its own artifact. The fast path is train_gpt.evaluate; plain is uncompiled, computes all logits of
-every window, one window at a time ("plain") and as many as fit ("plain, batched", what #640 does); both are given the same targets,
-whose bits per byte are compared. The full split is FineWeb's validation split; several processes share the windows evenly.
+Evaluation. The model comes from its own artifact. The fast path is train_gpt.evaluate; plain is uncompiled, computes all logits
+of every window, one window at a time ("plain") and as many as fit ("plain, batched", what #640 does); both are given the same
+targets, whose bits per byte are compared. The full split is FineWeb's validation split; processes share the windows evenly.
 
 Communication. A ring sends, from each of n processes, for S bytes: all-reduce 2 (n-1)/n S; reduce-scatter (n-1)/n S of the whole;
 all-gather (n-1)/n S of the result. The time is what is sent over the bus bandwidth: nccl-tests' busbw is defined so. 330 and
@@ -79,8 +79,9 @@ class Arm:
             raise ArmFailed(f"{self.folder}: no train_gpt.py there")
         self.info = {}
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")
-        self.process = subprocess.Popen([sys.executable, str(WORKER), str(self.folder)], env=os.environ | self.settings, text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)  # fmt: skip
+        command, env = [sys.executable, str(WORKER), str(self.folder)], os.environ | self.settings
+        self.process = subprocess.Popen(command, env=env, text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)  # fmt: skip
 
     def send(self, do: str, **arguments: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # the reader sees the end of the output, and says why
@@ -162,7 +163,9 @@ class Bench:
             if arm.process is None:
                 with self.surviving(arms, arm):
                     arm.open()
-        for name, info in self.together([arm for arm in arms if not arm.info], "start", synthetic=str(self.scratch / "tokens")).items():
+        for name, info in self.together(
+            [arm for arm in arms if not arm.info], "start", synthetic=str(self.scratch / "tokens")
+        ).items():
             next(arm for arm in arms if arm.name == name).info = info
         arms[:] = [arm for arm in arms if arm.process]
 
@@ -231,8 +234,10 @@ class Bench:
         tokens, flops = arm.info["step_tokens"], sum(described["flops"].values())
         low, ms, high = quartiles(own)
         rate = tokens / ms * 1000
-        figures = {"arm": arm.name, "ms": ms, "quartiles": [low, high], "rounds": own, "order": [r["order"] for r in rounds[arm.name]],
-                   "step_tokens": tokens, "unit_ms": ms * UNIT_TOKENS / tokens, "tokens_s": rate, "flops_s": rate * flops, "peak_flops_s": peak,
+        figures = {"arm": arm.name, "ms": ms, "quartiles": [low, high], "rounds": own,
+                   "order": [r["order"] for r in rounds[arm.name]], "step_tokens": tokens,
+                   "unit_ms": ms * UNIT_TOKENS / tokens, "tokens_s": rate,
+                   "flops_s": rate * flops, "peak_flops_s": peak,
                    "share_of_peak": rate * flops / peak, "ratio": quartiles(a / b for a, b in zip(own, base, strict=True)),
                    "memory_gib": rounds[arm.name][-1]["memory_gib"], "last_loss": rounds[arm.name][-1]["losses"][-1],
                    "recompiled": sum(r["recompiled"] for r in rounds[arm.name])} | described  # fmt: skip
@@ -240,7 +245,7 @@ class Bench:
         return figures
 
     def profile(self, arm: Arm) -> dict | None:
-        """Milliseconds of a step by group with idle, and the wall time they add up to; None, with the reason printed, if it fails."""
+        """Milliseconds of a step by group with idle, and the wall time they add up to; None, and why is printed, if it fails."""
         try:
             answer = arm.ask("profile", count=self.args.profile_steps)
         except ArmFailed as error:
@@ -257,11 +262,11 @@ class Bench:
     def print_steps(self, figures: list[dict]) -> None:
         base = figures[0]
         parts = " + ".join(f"{value / 1e6:.2f} {name}" for name, value in base["flops"].items())
-        print(f"model FLOPs a token: {sum(base['flops'].values()) / 1e6:.2f} M = {parts}; {base['params']:,} parameters, zero fraction "
-              f"{base['zero_frac']:.3f}\na step: {base['step_tokens']:,} tokens in {base['micro_batches']} micro-batches; peak "
-              f"{base['peak_flops_s'] / 1e12:.4g} TFLOP/s ({self.results['peak_size']}^3)\n")  # fmt: skip
-        table(["arm", "ms a step (quartiles)", "ms / 65,536 tokens", "tokens/s", "TFLOP/s", "of peak", "time against this checkout (quartiles)",
-               "GiB", "first and last loss"], map(self.step_row, figures))  # fmt: skip
+        print(f"model FLOPs a token: {sum(base['flops'].values()) / 1e6:.2f} M = {parts}; {base['params']:,} parameters, "
+              f"zero fraction {base['zero_frac']:.3f}\na step: {base['step_tokens']:,} tokens in {base['micro_batches']} micro-batches; "
+              f"peak {base['peak_flops_s'] / 1e12:.4g} TFLOP/s ({self.results['peak_size']}^3)\n")  # fmt: skip
+        table(["arm", "ms a step (quartiles)", "ms / 65,536 tokens", "tokens/s", "TFLOP/s", "of peak",
+               "time against this checkout (quartiles)", "GiB", "first and last loss"], map(self.step_row, figures))  # fmt: skip
         for f in figures:
             if f["recompiled"]:
                 print(f"RECOMPILED {f['recompiled']} graphs during the timed steps: {f['arm']}\n")
@@ -270,11 +275,14 @@ class Bench:
         low, ratio, high = f["ratio"]
         against = "" if f["arm"] == self.base.name else f"{ratio:.4f} ({low:.4f} to {high:.4f})"
         memory = "" if f["memory_gib"] is None else f"{f['memory_gib']:.1f}"
-        return [f["arm"], f"{f['ms']:.2f} ({f['quartiles'][0]:.2f} to {f['quartiles'][1]:.2f})", f"{f['unit_ms']:.2f}", f"{f['tokens_s']:,.0f}",
-                f"{f['flops_s'] / 1e12:.4g}", f"{f['share_of_peak']:.1%}", against, memory, f"{f['first_loss']:.4f} {f['last_loss']:.4f}"]  # fmt: skip
+        ms, losses = "{:.2f} ({:.2f} to {:.2f})".format(f["ms"], *f["quartiles"]), f"{f['first_loss']:.4f} {f['last_loss']:.4f}"
+        return [f["arm"], ms, f"{f['unit_ms']:.2f}", f"{f['tokens_s']:,.0f}", f"{f['flops_s'] / 1e12:.4g}",
+                f"{f['share_of_peak']:.1%}", against, memory, losses]  # fmt: skip
 
     def print_profiles(self, profiles: dict[str, dict]) -> None:
-        print(f"ms / 65,536 tokens by kernel group, and share of the wall time; {self.args.profile_steps} profiled step(s) an arm\n")
+        print(
+            f"ms / 65,536 tokens by kernel group, and share of the wall time; {self.args.profile_steps} profiled step(s) an arm\n"
+        )
         rows = [[name, *(self.profile_cell(p, p["groups"][name]) for p in profiles.values())] for name in GROUPS]
         rows.append(["wall", *(self.profile_cell(p, p["wall_ms"]) for p in profiles.values())])
         table(["group", *profiles], rows)
@@ -300,15 +308,17 @@ class Bench:
                         plain[arm.name] = self.plain(arm, stride, gpu)
                 self.print_evaluation(arms, (length, stride), fast, plain)
 
-    def print_evaluation(self, arms: list[Arm], window: tuple[int, int], fast: dict[str, dict], plain: dict[str, list[dict]]) -> None:
+    def print_evaluation(
+        self, arms: list[Arm], window: tuple[int, int], fast: dict[str, dict], plain: dict[str, list[dict]]
+    ) -> None:
         print(f"evaluation, windows of {window[0]} every {window[1]} targets\n")
-        table(["arm", "path", "ms a batch", "windows a batch", "windows/s", "tokens/s", "full split, 1 process", f"{GPUS} processes",
-               "time against plain, batched", "fast path's time against this checkout (quartiles)"],
+        table(["arm", "path", "ms a batch", "windows a batch", "windows/s", "tokens/s", "full split, 1 process",
+               f"{GPUS} processes", "time against plain, batched", "fast path's time against this checkout (quartiles)"],
               [row for arm in arms for row in self.evaluation_rows(arm, window, fast, plain[arm.name])])  # fmt: skip
         unit = "token" if self.base.info["synthetic"] else "byte"
         table(["arm", "windows", "targets", f"plain, bits per {unit}", "fast - plain", "fast - plain, batched"],
-              ([arm.name, f"{one['windows']:,}", f"{one['targets']:,}", f"{one['bpb']:.6f}", f"{one['difference']:+.1e}", f"{many['difference']:+.1e}"]
-               for arm in arms for one, many in [plain[arm.name]]))  # fmt: skip
+              ([arm.name, f"{one['windows']:,}", f"{one['targets']:,}", f"{one['bpb']:.6f}", f"{one['difference']:+.1e}",
+                f"{many['difference']:+.1e}"] for arm in arms for one, many in [plain[arm.name]]))  # fmt: skip
 
     def alternate_scores(self, arms: list[Arm], stride: int, tokens: int) -> dict[str, dict]:
         """The fast path of each arm: seconds of every round beside the figures of the last one."""
@@ -338,7 +348,8 @@ class Bench:
             full_s = full_windows(*window) / rate
             against = f"{ratio:.4f} ({low:.4f} to {high:.4f})" if path == "fast" and arm is not self.base else ""
             rows.append([arm.name, path, f"{1000 * p['s'] / batches:.2f}" if batches else "-", f"{size or '-'}", f"{rate:,.1f}",
-                         f"{rate * window[0]:,.0f}", f"{full_s:,.1f} s", f"{full_s / GPUS:,.1f} s", f"{1 / rate / batched:.3f}", against])  # fmt: skip
+                         f"{rate * window[0]:,.0f}", f"{full_s:,.1f} s", f"{full_s / GPUS:,.1f} s", f"{1 / rate / batched:.3f}",
+                         against])  # fmt: skip
         record = {"fast": own, "plain": plain[0], "plain_batched": plain[1], "ratio": [low, ratio, high]}
         self.results["arms"].setdefault(arm.name, {}).setdefault("evaluation", {})[str(window[1])] = record
         return rows
@@ -348,14 +359,18 @@ class Bench:
     def print_communication(self) -> None:
         for arms in self.groups():
             for name, answer in self.together(arms, "communication", world_size=self.args.world).items():
-                same = [(what, [size for other, size in answer["rows"] if other == what]) for what in dict.fromkeys(w for w, _ in answer["rows"])]
-                rows = [[f"{what}, {len(sizes)} calls" if len(sizes) > 1 else what, sum(sizes), sent_bytes(what, sum(sizes), self.args.world)]
-                        for what, sizes in same]  # fmt: skip
+                same = [
+                    (what, [size for other, size in answer["rows"] if other == what])
+                    for what in dict.fromkeys(w for w, _ in answer["rows"])
+                ]
+                rows = [[f"{what}, {len(sizes)} calls" if len(sizes) > 1 else what, sum(sizes),
+                         sent_bytes(what, sum(sizes), self.args.world)] for what, sizes in same]  # fmt: skip
                 rows.append(["sum", *(sum(row[i] for row in rows) for i in (1, 2))])
                 self.results["arms"].setdefault(name, {})["communication"] = rows
                 print(f"{name}: a step at {self.args.world} processes, sent by each; computed, not measured\n")
                 table(["what", "MB in all", "MB sent", *(f"ms at {speed} GB/s" for speed in BUS_BANDWIDTHS_GB_S)],
-                      ([what, f"{size / 1e6:.2f}", f"{sent / 1e6:.2f}", *(f"{sent / speed / 1e6:.3f}" for speed in BUS_BANDWIDTHS_GB_S)]
+                      ([what, f"{size / 1e6:.2f}", f"{sent / 1e6:.2f}",
+                        *(f"{sent / speed / 1e6:.3f}" for speed in BUS_BANDWIDTHS_GB_S)]
                        for what, size, sent in rows))  # fmt: skip
 
     def measure_startup(self) -> None:
@@ -387,8 +402,18 @@ def startup(arm: Arm, scratch: Path) -> list[dict]:
     """Two launches of the arm's train_gpt.py that share compile caches, empty before the first."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     caches = {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    paths = {name: str(Path(value).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if (value := (os.environ | arm.settings).get(name))}
-    run = {"ITERATIONS": "3", "MAX_WALLCLOCK_SECONDS": "0", "SLIDING_EVAL": "0", "ARTIFACT_PATH": str(folder / "model.ptz"), "RUN_ID": "startup"}
+    paths = {
+        name: str(Path(value).resolve())
+        for name in ("DATA_PATH", "TOKENIZER_PATH")
+        if (value := (os.environ | arm.settings).get(name))
+    }
+    run = {
+        "ITERATIONS": "3",
+        "MAX_WALLCLOCK_SECONDS": "0",
+        "SLIDING_EVAL": "0",
+        "ARTIFACT_PATH": str(folder / "model.ptz"),
+        "RUN_ID": "startup",
+    }
     found = [first_step(arm.folder, os.environ | arm.settings | caches | paths | run, folder) for _ in range(2)]
     shutil.rmtree(folder)
     return found
@@ -416,18 +441,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", type=Path, help="KEY=VALUE lines")
     parser.add_argument("--against", type=Path, action="append", default=[], metavar="FOLDER", help="an arm: another checkout")
-    parser.add_argument("--with", dest="with_", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="an arm: other settings")
+    parser.add_argument(
+        "--with", dest="with_", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="an arm: other settings"
+    )
     parser.add_argument("--at-once", type=int, default=2, help="arms that live beside this checkout at a time (default 2)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm (default 7)")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn (default 3)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first turn (default 5)")
     parser.add_argument("--profile-steps", type=int, default=1, help="steps in the table of kernel groups; 0: no table")
     parser.add_argument("--cpu-peak-size", type=int, default=1024, help="matrix product that is the peak of a CPU")
-    parser.add_argument("--step", action="store_true", help="measure the training step (default unless another part is asked for)")
+    parser.add_argument(
+        "--step", action="store_true", help="measure the training step (default unless another part is asked for)"
+    )
     parser.add_argument("--eval", action="store_true", help="measure evaluation")
     parser.add_argument("--stride", type=int, nargs="+", default=[], help="of the sliding score (default SLIDING_EVAL_STRIDE)")
-    parser.add_argument("--eval-windows", type=int, default=0, help="scored by the fast path (default 4096 on a GPU, 32 on a CPU)")
-    parser.add_argument("--plain-windows", type=int, default=0, help="scored by the plain path (default 256 on a GPU, 8 on a CPU)")
+    parser.add_argument(
+        "--eval-windows", type=int, default=0, help="scored by the fast path (default 4096 on a GPU, 32 on a CPU)"
+    )
+    parser.add_argument(
+        "--plain-windows", type=int, default=0, help="scored by the plain path (default 256 on a GPU, 8 on a CPU)"
+    )
     parser.add_argument("--world", type=int, default=0, metavar="N", help="communication of a step at N processes")
     parser.add_argument("--startup", action="store_true", help="seconds to the first timed step")
     parser.add_argument("--json", type=Path, help="write every figure there")

@@ -116,8 +116,8 @@ def flops_a_token(model: t.GPT, device: torch.device) -> dict[str, float]:
 
     6 a weight of every matrix that multiplies the token (2 forward, 2 for each of its gradients; a table counts as the head,
     not for its lookup, which multiplies nothing). Causal attention: 12 * C * H a key seen (two products forward, four back),
-    T / 2 keys on average, or W - W^2 / 2T where they end W positions back. Not counted: what options add to the loss alone, and what
-    they multiply without a `QuantizedLinear`.
+    T / 2 keys on average, or W - W^2 / 2T where they end W positions back. Not counted: what options add to the loss alone,
+    and what they multiply without a `QuantizedLinear`.
     """
     cfg, calls = model.cfg, module_calls(model, device)
     window = getattr(cfg, "attention_window", 0) or cfg.train_seq_len
@@ -133,13 +133,17 @@ def flops_a_token(model: t.GPT, device: torch.device) -> dict[str, float]:
 
 
 def matmul_shapes(model: t.GPT) -> Shapes:
-    owners = [(m.role.storage == "ternary", tuple(p.shape)) for _, m, p, _ in t.parameter_owners(model) if isinstance(m, t.QuantizedLinear)]
+    owners = [
+        (m.role.storage == "ternary", tuple(p.shape))
+        for _, m, p, _ in t.parameter_owners(model)
+        if isinstance(m, t.QuantizedLinear)
+    ]
     small = {shape for ternary, shape in owners if not ternary and model.cfg.vocab_size not in shape}
     return Shapes(tuple({shape for ternary, shape in owners if ternary}), tuple(small), model.cfg.vocab_size)
 
 
 def old_communication(step: OldStep, world_size: int) -> list[tuple[str, int]]:
-    """(what, bytes of the whole) as `TrainingStep.communication` has it, of a step before it: one all-reduce, a gather a shape."""
+    """(what, bytes of the whole) as `TrainingStep.communication` has it, of a step before it: an all-reduce, a gather a shape."""
     flat = step.grads._flat
     rows = [(f"all-reduce of gradients ({flat.numel():,} x {str(flat.dtype)[6:]})", flat.numel() * flat.element_size())]
     for opt in step.optimizers:
@@ -210,7 +214,11 @@ class Worker:
 
     def window(self, stride: int) -> int:
         """Targets of an evaluation window."""
-        return self.cfg.train_seq_len if stride == self.cfg.train_seq_len else getattr(self.cfg, "score_window", self.cfg.train_seq_len)
+        return (
+            self.cfg.train_seq_len
+            if stride == self.cfg.train_seq_len
+            else getattr(self.cfg, "score_window", self.cfg.train_seq_len)
+        )
 
     @functools.cached_property
     def model(self) -> t.GPT:
@@ -322,8 +330,8 @@ class Worker:
         with counted_batches() as sizes:
             (nats, bpb), seconds = self._timed(lambda: t.evaluate(model, val, self.cfg, self.world, stride))
         windows = len(t.window_plan(val.num_targets, self.window(stride), stride)[0])
-        return {"s": seconds, "windows": windows, "targets": val.num_targets, "batch": max(sizes, default=0), "batches": len(sizes),
-                "nats": nats, "bpb": bpb}  # fmt: skip
+        return {"s": seconds, "windows": windows, "targets": val.num_targets, "batch": max(sizes, default=0),
+                "batches": len(sizes), "nats": nats, "bpb": bpb}  # fmt: skip
 
     def plain(self, stride: int, windows: int, rows: int) -> dict:
         """The plain path on the first `windows` windows, `rows` at a time, and the fast path's score of the same targets."""

@@ -123,7 +123,7 @@ def test_attention_flops_of_a_window_are_those_of_the_keys_it_holds():
 
 
 def test_what_a_ring_sends():
-    """Pieces passed on by hand: 4 processes, 8 bytes. Reduce-scatter: 3 rounds, 2 bytes each; all-gather: again; all-reduce: both."""
+    """Passed on by hand: 4 processes, 8 bytes. Reduce-scatter: 3 rounds of 2 bytes; all-gather: again; all-reduce: both."""
     assert [sent_bytes(what, 8, 4) for what in ("reduce-scatter of x", "all-gather", "all-reduce")] == [6, 6, 12]
 
 
@@ -146,7 +146,8 @@ def measured(data_dir, old_checkout, tmp_path_factory) -> tuple[str, dict]:
     env = TINY | {"NUM_LAYERS": "2", "DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
     argv = [str(ROOT / "bench" / "step.py"), "--with", "MLP_MULT=3", "SEED=8", "--with", "MODEL_DIM=63", "--json", "bench.json"]
     argv += ["--against", str(old_checkout)] if old_checkout else []
-    argv += "--step --eval --world 8 --rounds 2 --steps 2 --warmup 1 --at-once 3 --eval-windows 9 --plain-windows 9 --cpu-peak-size 128".split()
+    argv += "--step --eval --world 8 --rounds 2 --steps 2 --warmup 1 --at-once 3".split()
+    argv += "--eval-windows 9 --plain-windows 9 --cpu-peak-size 128".split()
     done = launch(env, folder, argv=argv)
     assert done.returncode == 3, done.stderr  # one arm failed
     return done.stdout, json.loads((folder / "bench.json").read_text())
@@ -167,7 +168,11 @@ def test_figures_of_a_step_follow_from_its_time(measured):
     out, found = measured
     for name in ("this checkout", "MLP_MULT=3 SEED=8"):
         arm = found["arms"][name]
-        assert arm["ms"] > 0 and arm["tokens_s"] == pytest.approx(256_000 / arm["ms"]) and arm["unit_ms"] == pytest.approx(256 * arm["ms"])
+        assert (
+            arm["ms"] > 0
+            and arm["tokens_s"] == pytest.approx(256_000 / arm["ms"])
+            and arm["unit_ms"] == pytest.approx(256 * arm["ms"])
+        )
         assert arm["flops_s"] == pytest.approx(arm["tokens_s"] * sum(arm["flops"].values()))
         assert arm["share_of_peak"] == pytest.approx(arm["flops_s"] / arm["peak_flops_s"])
         assert f"| {name} | {arm['ms']:.2f} (" in out
@@ -193,9 +198,17 @@ def test_fast_evaluation_agrees_with_the_plain_one(measured):
         for stride, windows in (("32", 9), ("8", 9)):
             score = arm["evaluation"][stride]
             assert score["plain"]["windows"] == score["fast"]["windows"] == windows
-            assert score["plain"]["targets"] == 32 + 8 * int(stride) and score["plain"]["rows"] == 1 and score["plain_batched"]["rows"] == 9
+            assert (
+                score["plain"]["targets"] == 32 + 8 * int(stride)
+                and score["plain"]["rows"] == 1
+                and score["plain_batched"]["rows"] == 9
+            )
             assert abs(score["plain"]["difference"]) < 1e-5 and abs(score["plain_batched"]["difference"]) < 1e-5
-            assert score["plain"]["bpb"] == pytest.approx(score["fast"]["bpb"], abs=1e-5) and score["fast"]["batches"] >= 1 and score["fast"]["batch"] >= 8
+            assert (
+                score["plain"]["bpb"] == pytest.approx(score["fast"]["bpb"], abs=1e-5)
+                and score["fast"]["batches"] >= 1
+                and score["fast"]["batch"] >= 8
+            )
 
 
 def test_an_older_checkout_is_measured_beside_this_one(measured, old_checkout):
@@ -210,7 +223,7 @@ def test_an_older_checkout_is_measured_beside_this_one(measured, old_checkout):
 
 def test_communication_of_both_schemes_by_hand(measured, old_checkout):
     """8 processes, 2 layers. Then: gradients reduced whole, float32 updates of each shape gathered, padded to a multiple of 8.
-    Now: all that is no matrix reduced whole; the matrices scattered; of ternary ones, 2 bits a code and 4 bytes a scale gathered."""
+    Now: all that is no matrix reduced whole; matrices scattered; of ternary ones 2 bits a code and 4 bytes a scale gathered."""
     _, found = measured
     shapes = {(64, 24): 1, (24, 64): 1, (128, 64): 4, (64, 64): 2, (64, 128): 2}  # qkv and up have one shape
     padded = {shape: 8 * -(-count // 8) * shape[0] * shape[1] for shape, count in shapes.items()}
@@ -219,7 +232,9 @@ def test_communication_of_both_schemes_by_hand(measured, old_checkout):
     projections = sum(padded.values()) - ternary
     *rows, (_, total, sent) = found["arms"]["this checkout"]["communication"]
     assert total == 4 * (params - matrices + 1) + 4 * sum(padded.values()) + ternary // 4 + 4 * ternary // 32 + 4 * projections
-    assert sent == pytest.approx(7 / 8 * (total + 4 * (params - matrices + 1))) and sum(row[2] for row in rows) == pytest.approx(sent)
+    assert sent == pytest.approx(7 / 8 * (total + 4 * (params - matrices + 1))) and sum(row[2] for row in rows) == pytest.approx(
+        sent
+    )
     if old_checkout is not None:
         *_, (_, total, sent) = found["arms"][str(old_checkout)]["communication"]
         assert total == 4 * (params + 1) + 4 * sum(padded.values()) and sent == pytest.approx(7 / 8 * (total + 4 * (params + 1)))
@@ -251,8 +266,18 @@ def test_startup_is_measured_cold_then_warm(tmp_path):
 
 
 def test_bad_arguments_are_one_line(tmp_path):
-    for argv, message in ((["--with", "MLP_MULT"], "--with MLP_MULT: expected KEY=VALUE"), (["--rounds", "0"], "--rounds 0: expected at least 1")):
-        done = subprocess.run([sys.executable, str(ROOT / "bench" / "step.py"), *argv], capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
+    for argv, message in (
+        (["--with", "MLP_MULT"], "--with MLP_MULT: expected KEY=VALUE"),
+        (["--rounds", "0"], "--rounds 0: expected at least 1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "bench" / "step.py"), *argv],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ,
+        )
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
 
 
@@ -278,15 +303,21 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "carried" / "tokenizers").mkdir(parents=True)
     (tmp_path / "carried" / "tokenizers" / "fineweb_8192_bpe.model").touch()
-    env = {"PATH": os.environ["PATH"], "PYTHON": "./python", "CORPUS": "carried", "OUT": "out", "BASELINE": "old", "SYSTEMS": "pr640 small",
-           "SYSTEM_SECONDS": "30", "LEVERS": "A=1 B=2\nC=3"}  # fmt: skip
+    env = {"PATH": os.environ["PATH"], "PYTHON": "./python", "CORPUS": "carried", "OUT": "out", "BASELINE": "old",
+           "SYSTEMS": "pr640 small", "SYSTEM_SECONDS": "30", "LEVERS": "A=1 B=2\nC=3"}  # fmt: skip
     (tmp_path / "configs" / "small.env").write_text("VOCAB_SIZE=512\n")
-    done = subprocess.run(["bash", "bench/gpu_queue.sh", "all"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["bash", "bench/gpu_queue.sh", "all"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
     report = done.stdout.rsplit("==== stage | part | outcome\n", 1)[1].splitlines()
     outcome = {tuple(line.split(" | ")[:2]): line.split(" | ")[2] for line in report}
     bad = {key: text for key, text in outcome.items() if not text.startswith("ok, ")}
     assert done.returncode == 1 and len(outcome) == 13, done.stderr
-    assert [text.split(" after")[0] for text in bad.values()] == ["FAILED: code 3", "FAILED: code 9", "not run: no shards of VOCAB_SIZE=512"]
+    assert [text.split(" after")[0] for text in bad.values()] == [
+        "FAILED: code 3",
+        "FAILED: code 9",
+        "not run: no shards of VOCAB_SIZE=512",
+    ]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].startswith("tools/prepare_data.py text carried/corpus_train_") and "--out data/queue_sp8192" in calls[0]
     assert any("--against old --with A=1 B=2 --with C=3 --json" in call for call in calls)
@@ -297,5 +328,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     assert [f["name"] for f in figures] == ["default", "pr640", "fast", "startup", "communication", "levers", "evaluation"]
     assert "import this" not in (tmp_path / "out" / "logs.txt").read_text()
     assert "| queue_pr640 | 7 | None | 1.2346 |" in (tmp_path / "out" / "systems.txt").read_text()
-    wrong = subprocess.run(["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        ["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2 and "steps: expected parity step" in wrong.stderr
