@@ -263,8 +263,8 @@ class Bench:
         base = figures[0]
         parts = " + ".join(f"{value / 1e6:.2f} {name}" for name, value in base["flops"].items())
         print(f"model FLOPs a token: {sum(base['flops'].values()) / 1e6:.2f} M = {parts}; {base['params']:,} parameters, "
-              f"zero fraction {base['zero_frac']:.3f}\na step: {base['step_tokens']:,} tokens in {base['micro_batches']} micro-batches; "
-              f"peak {base['peak_flops_s'] / 1e12:.4g} TFLOP/s ({self.results['peak_size']}^3)\n")  # fmt: skip
+              f"zero fraction {base['zero_frac']:.3f}\na step: {base['step_tokens']:,} tokens in {base['micro_batches']} "
+              f"micro-batches; peak {base['peak_flops_s'] / 1e12:.4g} TFLOP/s ({self.results['peak_size']}^3)\n")  # fmt: skip
         table(["arm", "ms a step (quartiles)", "ms / 65,536 tokens", "tokens/s", "TFLOP/s", "of peak",
                "time against this checkout (quartiles)", "GiB", "first and last loss"], map(self.step_row, figures))  # fmt: skip
         for f in figures:
