@@ -1596,7 +1596,7 @@ class StoredLookup(torch.autograd.Function):
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g (N, out), x (N, in) -> g.T @ x, float32: on a GPU as the tensor cores accumulated it, without a rounding between."""
-    if kernels_run(g) and (splits := SPLIT_SUMS.get((g.size(1), x.size(1)))):
+    if (splits := SPLIT_SUMS.get((g.size(1), x.size(1)), 0)) and kernels_run(g):
         return split_weight_gradient(g, x, splits)
     return torch.mm(g.T, x, out_dtype=torch.float32) if g.is_cuda and g.dtype != torch.float32 else g.T @ x
 
@@ -2314,14 +2314,14 @@ SPLIT_SUMS: dict[tuple[int, int], int] = {}
 
 @jit
 def split_gradient_kernel(
-    g, x, parts, rows, OUT: tl.constexpr, IN: tl.constexpr, SPLITS: tl.constexpr,
+    g, x, parts, rows, splits, OUT: tl.constexpr, IN: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """parts (SPLITS, OUT, IN): g.T @ x over an equal run of the rows each."""
+    """parts (splits, OUT, IN): g.T @ x over an equal run of the rows each."""
     across: tl.constexpr = (IN + TILE_N - 1) // TILE_N
     tiles: tl.constexpr = (OUT + TILE_M - 1) // TILE_M * across
-    share = tl.cdiv(tl.cdiv(rows, SPLITS), TILE_K) * TILE_K
-    for work in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
+    share = tl.cdiv(tl.cdiv(rows, splits), TILE_K) * TILE_K
+    for work in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True):
         i, j = work % tiles // across * TILE_M, work % across * TILE_N
         total = tl.zeros((TILE_M, TILE_N), tl.float32)
         for k in range(0, share, TILE_K):  # rows past the end are zeros
@@ -2346,7 +2346,7 @@ def split_weight_gradient(g: Tensor, x: Tensor, splits: int) -> Tensor:
     def launch(t: Tiles) -> None:
         k, work = t.k_bytes // g.element_size(), splits * triton.cdiv(g.size(1), t.m) * triton.cdiv(x.size(1), t.n)
         split_gradient_kernel[tile_programs(g, t, work),](
-            described(g, k, t.m), described(x, k, t.n), parts, len(g), *parts.shape[1:], splits, t.m, t.n, k,
+            described(g, k, t.m), described(x, k, t.n), parts, len(g), splits, *parts.shape[1:], t.m, t.n, k,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 

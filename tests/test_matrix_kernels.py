@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import gemm
 import numpy as np
 import pytest
 import torch
@@ -303,6 +304,34 @@ def test_the_table_of_shapes_decides_who_computes_weight_gradients(monkeypatch):
     for a, p in zip(split, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad)
     assert calls == [2, 2]
+
+
+def test_the_bench_measures_every_product_each_way(tmp_path, capsys):
+    """bench/gemm.py at small sizes: nothing fails, rates follow from times and sizes, the table is what train_gpt.py takes."""
+    pytest.importorskip("triton")
+    assert gemm.main(["--tiny", "--json", str(tmp_path / "rows.json")]) == 0
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    assert not [row for row in found["rows"] if "failed" in row]
+    ways = {(row["product"].split(":")[0], row["way"]): row for row in found["rows"]}
+    for name in ("qkv", "attention out", "up", "down"):
+        assert {way for product, way in ways if product == f"{name}, forward"} >= {"float32", "e4m3 x e4m3"}
+        assert {way for product, way in ways if product == f"{name}, input gradient"} >= {"float32", "e5m2 x e4m3"}
+        assert {way for product, way in ways if product == f"{name}, weight gradient"} == {"torch.mm", "3 sums"}
+    assert len([way for _, way in ways if way.startswith("kernel")]) == 4
+    row = ways["down, forward", "float32"]
+    assert row["product"] == "down, forward: 128 x 128 x 64"
+    assert row["flops_s"] * row["ms"] / 1000 == pytest.approx(2 * 128 * 128 * 64)
+    assert row["of_peak"] == pytest.approx(row["flops_s"] / found["peaks"]["32"])
+    assert "SPLIT_SUMS: dict[tuple[int, int], int] = {" in text
+
+
+def test_the_bench_splits_only_where_it_is_faster(monkeypatch):
+    times = {"torch.mm": 1.0, "2 sums": 0.99, "3 sums": 1.2}
+    bench, product = gemm.Bench(torch.device("cpu"), torch.float32, 8, 0.1, (2, 3)), gemm.Product("w", *torch.ones(3, 8, 8), False)
+    monkeypatch.setattr(bench, "measure", lambda name, flops, way: times[way[0]])  # noqa: ARG005
+    assert gemm.best_splits(bench, product, 1.0) is None
+    times["3 sums"] = 0.9
+    assert gemm.best_splits(bench, product, 1.0) == 3
 
 
 HOPPER = """
