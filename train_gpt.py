@@ -1713,9 +1713,10 @@ def fused_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor,
         return None
     e, bias, weight = model.embed_out(h).flatten(0, 1), as_stored(model.vocab_bias), model.output.weight
     stored, last = model.output.stored(e.dtype), (bias, y.flatten(), cfg.logit_softcap, z_loss)
-    if kernel:
-        return FusedLoss.apply(e, weight, stored, *last, cfg.softcap_type == "poly")
-    return ChunkedPolyLoss.apply(e, StraightThrough.apply(weight, stored), *last)
+    if not kernel:
+        return ChunkedPolyLoss.apply(e, StraightThrough.apply(weight, stored), *last)
+    loss, nats = FusedLoss.apply(e, weight, stored, *last, cfg.softcap_type == "poly")
+    return loss, nats.detach()  # torch 2.11 does not compile `mark_non_differentiable`
 
 
 # row kernels: what is computed a row, or a head, at a time
@@ -1767,21 +1768,22 @@ def loss_kernel(logits, bias, targets, sums, dbias, rows, cap, z_loss, V: tl.con
     tl.store(sums + 2 * program + 1, total_nats)
 
 
-def empty_gradients(e: Tensor, table: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return bias.new_empty(2), torch.empty_like(e), torch.empty_like(table, dtype=torch.float32), torch.empty_like(bias)
+def empty_gradients(e: Tensor, table: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = torch.empty_like(e), torch.empty_like(table, dtype=torch.float32), torch.empty_like(bias)
+    return bias.new_empty(()), bias.new_empty(()), *gradients
 
 
 @operator(empty_gradients)
 def loss_and_gradients(
     e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float, poly: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """e (N, E), table (V, E), bias (V,), y (N,) -> (what is minimized, cross entropy), de, dtable float32, dbias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """e (N, E), table (V, E), bias (V,), y (N,) -> what is minimized, cross entropy, de, dtable float32, dbias."""
     logits, programs, size = e @ table.T, num_programs(e), len(bias)
     block = triton.next_power_of_2(size)
     sums, dbias = bias.new_empty(programs, 2), bias.new_empty(programs, size)
     warps = min(max(block // 512, 4), 32)
     loss_kernel[programs,](logits, bias, y, sums, dbias, len(e), cap, z_loss, size, block, poly, num_warps=warps)
-    return sums.sum(0), logits @ table, weight_gradient(logits, e), dbias.sum(0)
+    return sums[:, 0].sum(), sums[:, 1].sum(), logits @ table, weight_gradient(logits, e), dbias.sum(0)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -1790,10 +1792,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, e: Tensor, latent: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG004
         """`latent` (V, E) takes the gradient of the stored table, the first of the operands of `loss_and_gradients` after e."""
-        sums, *gradients = loss_and_gradients(e, *operands)
+        loss, nats, *gradients = loss_and_gradients(e, *operands)
         ctx.save_for_backward(*gradients)
-        loss, nats = sums.unbind()
-        ctx.mark_non_differentiable(nats)
         return loss, nats
 
     @staticmethod
@@ -2050,7 +2050,7 @@ class NormedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, latent: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
         y, rho = F.linear(x, stored), norm_factor(x.float().square().mean(-1, keepdim=True))
         ctx.save_for_backward(x, y, rho, stored)
-        return (rho * y).to(x.dtype)
+        return (rho * y).to(x.dtype, copy=True)  # torch 2.11 compiles a `to` that does nothing to no gradient
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -2270,7 +2270,7 @@ class FusedMLP(torch.autograd.Function):
         h, _, squares = relu2_product(x, w_up, None, x.dtype)
         y, rho = F.linear(h, w_down), norm_factor(squares / h.size(1))
         ctx.save_for_backward(x, h, y, rho, w_up, w_down)
-        return (rho * y).to(x.dtype)
+        return (rho * y).to(x.dtype, copy=True)  # torch 2.11 compiles a `to` that does nothing to no gradient
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
@@ -2295,7 +2295,7 @@ class Fp8FusedMLP(torch.autograd.Function):
         h, h8, squares = relu2_product(to_fp8(x, x_scale), w_up.codes, scales, x.dtype)
         y, rho = fp8_product(h8, w_down.codes, w_down.scale / w_up.relu2_scale, x.dtype), norm_factor(squares / h.size(1))
         ctx.save_for_backward(x, h, y, rho, w_up.codes_t, w_up.scale, w_down.codes_t, w_down.scale)
-        return (rho * y).to(x.dtype)
+        return (rho * y).to(x.dtype, copy=True)  # torch 2.11 compiles a `to` that does nothing to no gradient
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
