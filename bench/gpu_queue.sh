@@ -9,7 +9,7 @@
 #   eval      chunked, stride 64 and stride 16, against the plain evaluation                                      5 min
 #   kernels   bench/gemm.py: matrix products, attention, copies against their ceilings                            5 min
 #   train     the default for two minutes, with its round trip and sliding score                                  5 min
-#   systems   configs/*.env (SYSTEMS="pr640 fast": these), SYSTEM_SECONDS=120 of training each, as many as fit    9 min
+#   systems   bench/systems.py, each preset at its size (SYSTEMS="pr640 fast": these), SYSTEM_SECONDS=120, what fits   9 min
 #   all       all of them; about three quarters of an hour
 #
 # Minutes are what a stage is expected to take on one H100, not measured yet. LIMIT_S (default 585) ends a stage that takes
@@ -130,30 +130,16 @@ stage_train() {
 }
 
 stage_systems() {
-  local name seconds=${SYSTEM_SECONDS:-120} path
-  for path in configs/*.env; do
-    name=$(basename "$path" .env)
-    [[ $name != demo* && (-z ${SYSTEMS:-} || " $SYSTEMS " == *" $name "*) ]] || continue
-    ( # its settings end with it
-      load_preset "$path"
-      if ! make_shards "${VOCAB_SIZE:-8192}"; then
-        echo "$stage | $name | not run: no shards of VOCAB_SIZE=${VOCAB_SIZE:-8192}" >>"$out/.report"
-        exit
-      fi
-      report=()
-      MAX_WALLCLOCK_SECONDS=$seconds SLIDING_EVAL_STRIDE=256 train "$name" $((seconds + 240))
-      printf '%s\n' "${report[@]}" >>"$out/.report"
-    )
+  local name seconds=${SYSTEM_SECONDS:-120} results=data/queue_systems
+  local systems=("$python" bench/systems.py systems --data data/queue_sp --out "$results")
+  make_shards 1024 || report+=("$stage | shards | not run: no tokenizer of 1024 pieces, which most systems need")
+  for name in ${SYSTEMS:-$(cd configs && printf '%s\n' default ./*.env | sed 's|./||; s|[.]env||; /^demo/d')}; do
+    part "$name" $((seconds + 240)) "${systems[@]}" --full --seconds "$seconds" --only "$name"
   done
-  [[ ! -e $out/.report ]] || mapfile -t -O "${#report[@]}" report <"$out/.report"
-  rm -f "$out/.report"
-  { grep -h '^result {' "$out/$file.txt" || true; } | "$python" -c '
-import json, sys
-keys = "run_id steps ms_per_step val_bpb roundtrip_val_bpb sliding_val_bpb artifact_bytes".split()
-print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
-for line in sys.stdin:
-    values = map(json.loads(line[7:]).get, keys)
-    print("| " + " | ".join(str(round(v, 4) if isinstance(v, float) else v) for v in values) + " |")' | tee -a "$out/$file.txt"
+  part table 60 "${systems[@]}" --table
+  for name in "$results"/logs/*.txt; do
+    [[ ! -e $name ]] || printf '\n==== %s\n' "$name" && sed -n '/^python:[0-9]/,$p' "$name"
+  done >>"$out/logs.txt"
 }
 
 stage_end=$((SECONDS + limit_s))

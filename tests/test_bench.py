@@ -288,6 +288,10 @@ case "$*" in
   *fast.env*) echo '{"half": 1}' >"${@: -1}"; exit 3 ;;
   bench/step.py*) echo '{"ms": 1}' >"${@: -1}" ;;
   bench/gemm.py) exit 9 ;;
+  *--only*small) exit 4 ;;
+  bench/systems.py*--only*) mkdir -p "$6/logs"
+    printf 'import this\\npython:3.12 torch\\nstep:1\\n' >"$6/logs/pr640_seed42.txt" ;;
+  bench/systems.py*--table) echo "| pr640 | 1.2346 |" ;;
   train_gpt.py) mkdir -p logs
     printf 'import this\\npython:3.12 torch\\nstep:1\\n' >"logs/$RUN_ID.txt"
     touch "$ARTIFACT_PATH"; echo 'result {"run_id": "'"$RUN_ID"'", "steps": 7, "val_bpb": 1.23456}' ;;
@@ -305,29 +309,32 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     (tmp_path / "carried" / "tokenizers" / "fineweb_8192_bpe.model").touch()
     env = {"PATH": os.environ["PATH"], "PYTHON": "./python", "CORPUS": "carried", "OUT": "out", "BASELINE": "old",
            "SYSTEMS": "pr640 small", "SYSTEM_SECONDS": "30", "LEVERS": "A=1 B=2\nC=3"}  # fmt: skip
-    (tmp_path / "configs" / "small.env").write_text("VOCAB_SIZE=512\n")
     done = subprocess.run(
         ["bash", "bench/gpu_queue.sh", "all"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60
     )
     report = done.stdout.rsplit("==== stage | part | outcome\n", 1)[1].splitlines()
     outcome = {tuple(line.split(" | ")[:2]): line.split(" | ")[2] for line in report}
     bad = {key: text for key, text in outcome.items() if not text.startswith("ok, ")}
-    assert done.returncode == 1 and len(outcome) == 13, done.stderr
+    assert done.returncode == 1 and len(outcome) == 15, done.stderr
     assert [text.split(" after")[0] for text in bad.values()] == [
         "FAILED: code 3",
         "FAILED: code 9",
-        "not run: no shards of VOCAB_SIZE=512",
+        "not run: no tokenizer of 1024 pieces, which most systems need",
+        "FAILED: code 4",
     ]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].startswith("tools/prepare_data.py text carried/corpus_train_") and "--out data/queue_sp8192" in calls[0]
     assert any("--against old --with A=1 B=2 --with C=3 --json" in call for call in calls)
-    assert "train_gpt.py|data/queue_sp8192||120" in calls and "train_gpt.py|data/queue_sp8192||30" in calls
+    assert "train_gpt.py|data/queue_sp8192||120" in calls
+    full = [call for call in calls if call.startswith("bench/systems.py systems --data data/queue_sp ") and "--full" in call]
+    assert ["--seconds 30 --only pr640|" in call for call in full] == [True, False]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["eval.txt", "figures.jsonl", "kernels.txt", "logs.txt", "parity.txt", "step.txt", "systems.txt", "train.txt"]
     figures = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
     assert [f["name"] for f in figures] == ["default", "pr640", "fast", "startup", "communication", "levers", "evaluation"]
     assert "import this" not in (tmp_path / "out" / "logs.txt").read_text()
-    assert "| queue_pr640 | 7 | None | 1.2346 |" in (tmp_path / "out" / "systems.txt").read_text()
+    assert "pr640_seed42.txt\npython:3.12" in (tmp_path / "out" / "logs.txt").read_text()
+    assert "| pr640 | 1.2346 |" in (tmp_path / "out" / "systems.txt").read_text()
     wrong = subprocess.run(
         ["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
