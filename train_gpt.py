@@ -1947,7 +1947,8 @@ def qk_norm_rope(qkv: Tensor, gain: Tensor, rotary: Rotary) -> tuple[Tensor, Ten
 # Gradients at the outputs of the ternary layers, in units of a token's own loss, enter e5m2 (2^-14 to 57344 = 2^15.8) times 2^8.
 # Measured on 3 and 4 layers of width 256 over 120 steps: root mean square 2^-12.4 (second step) to 2^-5, largest value 2^-0.5,
 # 1st percentile of the smallest layer 2^-17.6 (2^-20.9 at the second step). So 2^8 lies 2^8 below saturation and, from the
-# second step on, keeps 99 % above the smallest normal number, with 2^1 to spare there and 2^4 later.
+# second step on, keeps 99 % above the smallest normal number, with 2^1 to spare there and 2^4 later. A batch that is smaller at
+# the start of a run takes its ratio out of the former.
 FP8_GRADIENT_SCALE = 2.0**8
 
 
@@ -1974,8 +1975,16 @@ def fp8_weight(stored: Tensor) -> Fp8Weight:
     """Exact while the matrix's scales lie within 2^13 of the largest; below, off by at most 2^-17 of the largest."""
     codes, scale = round_fp8(stored)
     # Cauchy and Schwarz: no output exceeds |row| |x|, |x|^2 = in. 1.14: x itself is rounded, by 1/16 at most and to bfloat16
-    largest = 1.14 * stored.size(1) * stored.float().square().sum(1).amax().clamp_min(2.0**-100)
-    return Fp8Weight(codes, codes.t().contiguous(), scale, floor_to_power_of_two(448 / largest))
+    largest = stored.float().square().sum(1, dtype=torch.float64).amax().float() * (1.14 * stored.size(1))
+    return Fp8Weight(codes, codes.t().contiguous(), scale, floor_to_power_of_two(448 / largest.clamp_min(2.0**-100)))
+
+
+@functools.cache
+def fp8_rounding(cfg: Config, device: torch.device) -> Callable[[Tensor], Fp8Weight]:
+    """`fp8_weight` in a few kernels on a GPU; UserError where Triton and cuBLAS have no 8-bit numbers."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("ACT_QUANT='fp8': expected a GPU of compute capability 8.9 or newer")
+    return compiled(fp8_weight, cfg, World(device=device))
 
 
 def floor_to_power_of_two(x: Tensor) -> Tensor:
@@ -2021,13 +2030,11 @@ class Fp8Product(StoredProduct):
         super().__init__()
         for name in Fp8Weight._fields:
             self.register_buffer(name, None, persistent=False)
-        x_scale = 2.0 ** math.floor(math.log2(448 / in_dim**0.5))
+        self.cfg, x_scale = cfg, 2.0 ** math.floor(math.log2(448 / in_dim**0.5))
         self.scales = x_scale, FP8_GRADIENT_SCALE * 2.0 ** round(math.log2(cfg.train_batch_tokens))
 
     def refresh(self, stored: Tensor) -> None:
-        if self.codes is None and stored.is_cuda and torch.cuda.get_device_capability(stored.device) < (8, 9):
-            raise UserError("ACT_QUANT='fp8': expected a GPU of compute capability 8.9 or newer")
-        weight = fp8_weight(stored)
+        weight = fp8_rounding(self.cfg, stored.device)(stored)
         for name, new in weight._asdict().items():
             setattr(self, name, new) if getattr(self, name) is None else getattr(self, name).copy_(new)
 

@@ -138,12 +138,9 @@ def test_what_eight_bits_cannot_hold_is_refused(setting, value):
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
-    class Cuda(torch.Tensor):
-        is_cuda = True
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(UserError, match="ACT_QUANT='fp8'.*8.9"):
-        Fp8Product(64, tiny_config()).refresh(torch.ones(16, 64).as_subclass(Cuda))
+        train_gpt.fp8_rounding(tiny_config(), torch.device("cuda"))
 
 
 # ---- the fused MLP
