@@ -3347,7 +3347,8 @@ def check_output(cfg: Config, need: Callable[[bool, str, str], None]) -> None:
         shortest = min(seq_len for seq_len, _ in step_shapes(cfg))
         need(cfg.mtp_heads < shortest, "mtp_heads", f"fewer than the {shortest} tokens of the shortest training sequence")
     need(0 <= cfg.tversky_num_features <= 2**16, "tversky_num_features", f"0 to {2**16}")
-    need(0 <= cfg.tversky_feature_pools <= cfg.num_layers, "tversky_feature_pools", f"0 to NUM_LAYERS={cfg.num_layers}")
+    users = count_blocks(cfg) - cfg.attention_free_layers
+    need(0 <= cfg.tversky_feature_pools <= users, "tversky_feature_pools", f"0 to {users}, the blocks with attention")
     features = cfg.tversky_num_features > 0 or cfg.tversky_feature_pools == 0
     need(features, "tversky_feature_pools", "0 with TVERSKY_NUM_FEATURES=0: prototypes are not shared")
 
