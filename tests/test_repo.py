@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import re
 import statistics
 
 from conftest import ROOT
+
+import train_gpt
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 TREE = ast.parse(SOURCE)
@@ -48,3 +52,9 @@ def test_runtime_needs_torch_numpy_sentencepiece_and_the_standard_library():
     tops = {a.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names}
     tops |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
     assert tops - set(sys.stdlib_module_names) == {"torch", "numpy", "sentencepiece", "flash_attn_interface", "triton", "zstandard"}
+
+
+def test_readme_names_every_setting():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    missing = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)} - {*re.findall(r"[A-Z][A-Z0-9_]+", " ".join(rows))}
+    assert not missing
