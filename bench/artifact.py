@@ -21,7 +21,6 @@ import lzma
 import math
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import train_gpt as t  # noqa: E402
 
-ZLIB_LEVEL = 6  # level 9 takes minutes on 65 MB of codes and gains under 0.1 %
 OTHERS = ("scales", "tables", "controls")
 
 
@@ -159,26 +157,12 @@ def pickled(codes: np.ndarray, scales: bytes, others: dict[str, bytes]) -> bytes
     return best
 
 
-def pack_2bit(codes: np.ndarray) -> bytes:
-    """#126: four codes a byte."""
-    digits = np.zeros(-(-codes.size // 4) * 4, np.uint8)
-    digits[: codes.size] = codes + 1
-    return (digits.reshape(-1, 4) << np.array([0, 2, 4, 6], np.uint8)).sum(1, dtype=np.uint8).tobytes()
-
-
-def published(model: t.GPT) -> list[tuple[str, list[object], float]]:
-    """(method, bytes by stream, seconds) of the published ways; the model has float16 scales and FP8 tables."""
-    symbols = t.model_symbols(model, model.cfg)
-    codes, rest = symbols[0].view(np.int8) - 1, [s.tobytes() for s in symbols[1:]]
-    rows: list[tuple[str, list[object], float]] = []
-    for name, pack in (("int8 + zlib", lambda c: c.tobytes()), ("2-bit + zlib (#126)", pack_2bit)):
-        start = time.perf_counter()
-        sizes = [len(zlib.compress(data, ZLIB_LEVEL)) for data in (pack(codes), *rest)]
-        rows.append((name, [*sizes, sum(sizes)], time.perf_counter() - start))
-    start = time.perf_counter()
-    whole = len(pickled(codes, rest[0], {"tables": rest[1], "controls": rest[2]}))
-    rows.append(("pickle + LZMA (#640)", ["", "", "", "", whole], time.perf_counter() - start))
-    return rows
+def published_whole(model: t.GPT) -> tuple[str, list[object], float]:
+    """(method, bytes, seconds) of #640's way; the model has float16 scales and FP8 tables."""
+    symbols, start = t.model_symbols(model, model.cfg), time.perf_counter()
+    rest = [s.tobytes() for s in symbols[1:]]
+    whole = len(pickled(symbols[0].view(np.int8) - 1, rest[0], {"tables": rest[1], "controls": rest[2]}))
+    return "pickle + LZMA (#640)", ["", "", "", "", whole], time.perf_counter() - start
 
 
 def ours(model: t.GPT, codec: str, name: str) -> tuple[str, list[object], float, float]:
@@ -221,8 +205,9 @@ def table(model: t.GPT, methods: set[str]) -> None:
     own = model.cfg.scale_storage, model.cfg.fp_storage
     if "published" in methods:
         old = converted(model, scale_storage="fp16", fp_storage="FP8")
-        for name, sizes, seconds in published(old):
-            row(name, sizes, seconds)
+        for codec, name in (("int8", "int8 + zlib"), ("2bit", "2-bit + zlib (#126)")):
+            row(*ours(old, codec, f"{name}, fp16 scales"))
+        row(*published_whole(old))
         for codec in ("base3", "bitmask"):
             row(*ours(old, codec, f"{codec} + LZMA, fp16 scales"))
         row(*ours(old, "ans", "ans, fp16 scales"))

@@ -59,7 +59,19 @@ OPTIONS = [
     {"logit_head_type": "tversky", "attn_proj_type": "tversky", "tversky_num_features": 8, "bigram_hash": 1, "refiner": 1},
     {"parallel_blocks": 1, "attention_free_layers": 1},
     {"attention_window": 8},
+    # model and storage of the other systems: test_systems_model.py has their definitions
+    {"mlp_hidden": 96, "xsa_last_n": 2, "qkv_split": 1, "input_norm": "all", "bitnet_group_size": 32, "scale_storage": "fp16"},
+    {"qkv_split": 1, "act_quant": "int8", "input_norm": "none", "scale_group": "tensor", "scale_storage": "fp16"},
+    {"act_quant": "int8", "input_norm": "all", "scale_stat": "rms", "scale_storage": "bf16", "gradient_checkpointing": 1, "parallel_blocks": 1},
+    {"weight_quant": "binary", "xsa_last_n": 3},
+    {"weight_quant": "binary", "scale_group": "tensor", "refiner": 1},
+    {"weight_quant": "none", "qkv_split": 1},
+    {"num_unique_layers": 2, "recurrence_factor": 3, "num_layers": 6, "gradient_checkpointing": 1, "ternary_commit_lambda": 0.01},
+    {"ntk_rope": 1, "rope_type": "rope", "fp_storage": "FP4"},
+    {"position": "radial", "ternary_threshold": 0, "scale_group": "tensor", "scale_storage": "fp16"},
+    {"position": "none", "fp_storage": "FP4", "embed_dim": 0},
 ]
+TRAINING_ONLY = {"mtp_heads", "gradient_checkpointing", "ternary_commit_lambda", "ntk_rope"}  # not in the artifact
 named = {"ids": lambda settings: " ".join(f"{k}={v}" for k, v in settings.items())}
 
 
@@ -97,7 +109,7 @@ def test_an_option_is_trained_causal_and_comes_back_exactly(settings):
     y = x.roll(-1, 1)
     before = model(x, y)
     loaded, cfg = load_artifact(save_artifact(model, tiny_config(**settings, artifact_codec="base3")))
-    assert all(getattr(cfg, name) == getattr(model.cfg, name) for name in settings.keys() - {"mtp_heads"})
+    assert all(getattr(cfg, name) == getattr(model.cfg, name) for name in settings.keys() - TRAINING_ONLY)
     assert torch.equal(loaded(x, y), before)
     changed = x.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 320
@@ -399,7 +411,11 @@ TOGETHER = [
     {"tie_embeddings": 2, "untie_at_fraction": 0.5, "warmup_steps": 2, "mtp_heads": 1, "smear": 1},
     {"attn_proj_type": "tversky", "tversky_num_features": 16, "tversky_feature_pools": 2, "bigram_hash": 1, "refiner": 1, "mlp_groups": 2},
     {"logit_head_type": "tversky", "diff_attn": 1, "activation": "swiglu", "eval_depth_recurrence": 3, "training_depth_recurrence": 2},
-]
+    {"num_unique_layers": 2, "recurrence_factor": 2, "num_layers": 4, "scale_group": "tensor", "scale_storage": "fp16", "act_quant": "int8", "input_norm": "none",
+     "qkv_split": 1, "ternary_commit_lambda": 0.05, "gradient_checkpointing": 1, "fp_storage": "FP4"},
+    {"weight_quant": "binary", "position": "radial", "xsa_last_n": 1, "mlp_hidden": 96, "ternary_commit_lambda": 0.05},
+    {"weight_quant": "none", "ntk_rope": 1, "rope_type": "rope"},
+]  # fmt: skip
 
 
 def run_together(world, settings):
