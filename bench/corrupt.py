@@ -156,6 +156,7 @@ def attempt(blob: bytes) -> tuple[str, int]:
 
 
 EVENTS: set[str] = set()
+CODECS = ("ans", "base3", "bitmask", "2bit", "int8_zstd")  # every packing and every compressor
 
 
 def worker(job: tuple[int, int, int]) -> tuple[collections.Counter, dict[str, int]]:
@@ -163,8 +164,8 @@ def worker(job: tuple[int, int, int]) -> tuple[collections.Counter, dict[str, in
     seed, *counts = job
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    blobs = [build(seed, codec) for codec in t.CODECS]
-    other = [build(seed, codec, NUM_LAYERS="1", VOCAB_SIZE="1000") for codec in t.CODECS]  # no stream as long as the true one
+    blobs = [build(seed, codec) for codec in CODECS]
+    other = [build(seed, codec, NUM_LAYERS="1", VOCAB_SIZE="1000") for codec in CODECS]  # no stream as long as the true one
     for blob in blobs + other:
         t.load_artifact(blob)  # imports and first allocations
     sys.addaudithook(lambda event, _: EVENTS.add(event) if event in FORBIDDEN else None)
