@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import gemm
 import numpy as np
@@ -32,6 +33,8 @@ from train_gpt import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # a GPU multiplies float32 in fewer bits
+on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="compares whole models in float32")
 
 
 def batch(model, sequences=4, seed=5):
@@ -112,22 +115,16 @@ def test_a_training_step_renews_the_kept_operands():
         assert not torch.equal(before, model.blocks[1].mlp.up.rounded())
 
 
-def test_fp8_gradients_point_where_the_plain_ones_do_in_one_graph():
-    """Every matrix and table; the compiled graph (fullgraph) gives the same numbers."""
+def test_fp8_gradients_point_where_the_plain_ones_do():
+    """Every matrix, table and control."""
     grads = {}
     for act_quant in ("none", "fp8"):
-        model = tiny_model(act_quant=act_quant, softcap_type="tanh", num_layers=1)  # the path a GPU takes
-        x, y = batch(model, 8)
-        for name, function in (("eager", training_loss), ("compiled", torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False))):
-            if (act_quant, name) == ("none", "compiled"):
-                continue
-            model.zero_grad()
-            (function(model, x, y, 1e-4)[0] / 256).backward()
-            grads[act_quant, name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
-    for name, plain in grads["none", "eager"].items():
-        ours = grads["fp8", "eager"][name]
-        torch.testing.assert_close(grads["fp8", "compiled"][name], ours)
+        model = tiny_model(act_quant=act_quant, softcap_type="tanh")  # the path a GPU takes
+        (training_loss(model, *batch(model, 8), 1e-4)[0] / 256).backward()
+        grads[act_quant] = [(name, p.grad) for name, p in model.named_parameters()]
+    for (name, plain), (_, ours) in zip(*grads.values(), strict=True):
         assert torch.nn.functional.cosine_similarity(ours.flatten(), plain.flatten(), 0) > 0.98, name
+        assert not torch.equal(ours, plain), name
 
 
 @pytest.mark.parametrize(("setting", "value"), [("SCALE_STORAGE", "fp16"), ("MODEL_DIM", "72"), ("ACT_QUANT", "int4"), ("MLP_GROUPS", "2"), ("PRECISION", "fp16")])
@@ -172,8 +169,7 @@ def plain_mlp(x, up, down):
 
 def compare(function, reference, inputs):
     """function(*inputs) and its gradients against the reference in float64, in units of each result's largest element."""
-    dtype, rtol = (torch.float32, 1e-4) if DEVICE == "cpu" else (torch.bfloat16, 2e-2)  # a GPU multiplies float32 in fewer bits
-    inputs = [t.to(dtype) for t in inputs]
+    inputs, rtol = [t.to(DTYPE) for t in inputs], 1e-4 if DEVICE == "cpu" else 2e-2
     ours = [t.clone().to(DEVICE).requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
     y, expected = function(*ours), reference(*exact)
@@ -206,6 +202,7 @@ def test_normed_matmul_is_norm_then_product_with_every_gradient():
         compare(form, lambda x, w: rms_norm(x) @ w.T, (x, w))
 
 
+@on_the_cpu
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("act_quant", ["none", "fp8"])
 def test_a_model_computes_the_same_through_the_fused_mlp(act_quant, monkeypatch):
@@ -239,23 +236,26 @@ def test_fused_mlp_in_eight_bits_against_operands_rounded_one_by_one():
     up, down = (layer.rounded().double() for layer in (mlp.up, mlp.down))
     towards = torch.randn(40, 64)
     towards[:20] = mlp.up.rounded()[:20]  # inputs along a row of `up` make its output as large as it can be
-    x = rms_norm(towards).requires_grad_()
-    g = torch.randn(40, 64) / g_scale
-    y = train_gpt.fused_mlp(x[None], mlp)[0]
-    y.backward(g)
+    x = rms_norm(towards).to(DTYPE)
+    g = (torch.randn(40, 64) / g_scale).to(DTYPE)
+    mlp, inputs = mlp.to(DEVICE), x.to(DEVICE).requires_grad_()
+    y = train_gpt.fused_mlp(inputs[None], mlp)[0]
+    y.backward(g.to(DEVICE))
+    up_grad, down_grad = mlp.up.weight.grad, mlp.down.weight.grad
     e4m3 = lambda t, scale: (t * scale).float().to(torch.float8_e4m3fn).double() / scale
     e5m2 = lambda t: (t * g_scale).float().to(torch.float8_e5m2).double() / g_scale
-    h = (e4m3(x.detach(), 32.0) @ up.T).relu().square()
-    h_scale = fp8_weight(mlp.up.rounded()).relu2_scale.double()
+    h = (e4m3(x, 32.0) @ up.T).relu().square()
+    h_scale = fp8_weight(up.float()).relu2_scale.double()
     assert 448 / 8 < (h * h_scale).max() < 448
     rho, product = (h.square().mean(1, keepdim=True) + 1e-6).rsqrt(), e4m3(h, h_scale) @ down.T
-    close = lambda a, b, rtol=2e-3: torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * b.abs().max().item())
+    rough = 1 if DEVICE == "cpu" else 10
+    close = lambda a, b, rtol=2e-3: torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=rough * rtol * b.abs().max().item())
     close(y, rho * product)
     slope = rho**3 * (g.double() * product).sum(1, keepdim=True) / 192
     d_hidden = 2 * h.sqrt() * (rho * (e5m2(g) @ down) - slope * h)
-    close(x.grad, e5m2(d_hidden) @ up, 2e-2)  # one rounding of 2^-3 may fall on the other side
-    close(mlp.up.weight.grad, d_hidden.T @ x.detach().double())
-    close(mlp.down.weight.grad, (rho * g).T @ h)
+    close(inputs.grad, e5m2(d_hidden) @ up, 2e-2)  # one rounding of 2^-3 may fall on the other side
+    close(up_grad, d_hidden.T @ x.double())
+    close(down_grad, (rho * g).T @ h)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -270,6 +270,20 @@ def test_what_the_fused_mlp_does_not_cover_runs_plainly():
     assert not train_gpt.mlp_fuses(x, mlp)
 
 
+def test_the_fastest_tiles_that_run_are_kept(monkeypatch):
+    """Timed once for a key; tiles that this GPU cannot launch do not stop the run."""
+    triton = pytest.importorskip("triton")
+    tiles = [Tiles(m, 64, 128, 4, 2, True) for m in (16, 32, 64)]
+    ms, timed = {16: 3.0, 64: 2.0}, []
+    monkeypatch.setattr(train_gpt, "TILES", tiles)
+    monkeypatch.setattr(train_gpt, "TUNED", {})
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: call())
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    launch_tiles = lambda t: timed.append(t.m) or ms[t.m]  # 32: KeyError
+    assert [train_gpt.tuned(("name", 1), on_gpu, launch_tiles) for _ in range(2)] == [tiles[2]] * 2 and timed == [16, 32, 64]
+    assert train_gpt.tuned(("name", 1), torch.ones(1), launch_tiles) is tiles[0] and len(timed) == 3  # a CPU times nothing
+
+
 # ---- sums in parts
 
 
@@ -277,30 +291,30 @@ def test_what_the_fused_mlp_does_not_cover_runs_plainly():
 def test_split_weight_gradient_is_the_product_and_repeatable():
     """Rows, sizes and numbers of parts that do not divide; parts that get no row; the same bits twice."""
     torch.manual_seed(0)
-    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     for rows, out, width, splits in ((200, 48, 72, 3), (65, 40, 144, 5), (256, 32, 64, 2), (40, 64, 24, 4)):
-        g, x = torch.randn(rows, out).to(DEVICE, dtype), torch.randn(rows, width).to(DEVICE, dtype)
+        g, x = torch.randn(rows, out).to(DEVICE, DTYPE), torch.randn(rows, width).to(DEVICE, DTYPE)
         ours = train_gpt.split_weight_gradient(g, x, splits)
         assert ours.dtype == torch.float32 and torch.equal(ours, train_gpt.split_weight_gradient(g, x, splits))
         torch.testing.assert_close(ours.double(), g.double().T @ x.double(), rtol=1e-4, atol=1e-4)
 
 
+@on_the_cpu
 @pytest.mark.usefixtures("kernels")
 def test_the_table_of_shapes_decides_who_computes_weight_gradients(monkeypatch):
     calls, launched = [], train_gpt.split_weight_gradient
     monkeypatch.setattr(train_gpt, "split_weight_gradient", lambda *a: calls.append(a[2]) or launched(*a))
     monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {(64, 128): 2})
-    model = tiny_model(num_layers=2)
-    x, y = batch(model)
+    model = tiny_model(num_layers=1)
+    x, y = batch(model, 2)
     training_loss(model, x, y, 0.0)[0].backward()
-    assert calls == [2, 2]  # down of both blocks
-    split = [p.grad.clone() for p in model.parameters()]
+    assert calls == [2]  # that of `down`
+    split = [p.grad.clone() for p in model.parameters() if p.numel()]
     monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {})
     model.zero_grad()
     training_loss(model, x, y, 0.0)[0].backward()
-    for a, p in zip(split, model.parameters(), strict=True):
-        torch.testing.assert_close(a, p.grad)
-    assert calls == [2, 2]
+    for a, b in zip(split, (p.grad for p in model.parameters() if p.numel()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert calls == [2]
 
 
 def test_the_bench_measures_every_product_each_way(tmp_path, capsys):
@@ -309,16 +323,16 @@ def test_the_bench_measures_every_product_each_way(tmp_path, capsys):
     assert gemm.main(["--tiny", "--json", str(tmp_path / "rows.json")]) == 0
     text, found = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
     assert not [row for row in found["rows"] if "failed" in row]
-    ways = {(row["product"].split(":")[0], row["way"]): row for row in found["rows"]}
+    ways, plain = {(row["product"].split(":")[0], row["way"]): row for row in found["rows"]}, f"{DTYPE}"[6:]
     for name in ("qkv", "attention out", "up", "down"):
-        assert {way for product, way in ways if product == f"{name}, forward"} >= {"float32", "e4m3 x e4m3"}
-        assert {way for product, way in ways if product == f"{name}, input gradient"} >= {"float32", "e5m2 x e4m3"}
+        assert {way for product, way in ways if product == f"{name}, forward"} >= {plain, "e4m3 x e4m3"}
+        assert {way for product, way in ways if product == f"{name}, input gradient"} >= {plain, "e5m2 x e4m3"}
         assert {way for product, way in ways if product == f"{name}, weight gradient"} == {"torch.mm", "3 sums"}
     assert len([way for _, way in ways if way.startswith("kernel")]) == 4
-    row = ways["down, forward", "float32"]
+    row = ways["down, forward", plain]
     assert row["product"] == "down, forward: 128 x 128 x 64"
     assert row["flops_s"] * row["ms"] / 1000 == pytest.approx(2 * 128 * 128 * 64)
-    assert row["of_peak"] == pytest.approx(row["flops_s"] / found["peaks"]["32"])
+    assert row["of_peak"] == pytest.approx(row["flops_s"] / found["peaks"][str(DTYPE.itemsize * 8)])
     assert "SPLIT_SUMS: dict[tuple[int, int], int] = {" in text
 
 
