@@ -1298,7 +1298,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     for i, (seq_len, tokens) in enumerate(runs):
         x = torch.randint(cfg.vocab_size, (tokens // seq_len // world.size, seq_len), device=world.device)
         untie_when_due(model, i % cfg.warmup_steps / max(1, cfg.warmup_steps - 1))
-        take_step(x, x)
+        take_step.take(x, x)
         log(f"warmup:{i + 1}/{len(runs)}")
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
@@ -1335,7 +1335,7 @@ class TrainingStep:
             opt.state.clear()
         self.publish()
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
+    def take(self, x: Tensor, y: Tensor) -> None:
         """x, y: this process's sequences of the step, (sequences, T) each."""
         micro_batches, _ = batch_layout(self.cfg, self.world.size, (x.size(1), x.numel() * self.world.size))
         self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, micro_batches)
@@ -1392,7 +1392,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         stage = schedule(cfg, step, progress)
         apply_stage(optimizers, stage)
         graphs = graphs_compiled()
-        take_step(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
+        take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
         late_graphs += graphs_compiled() - graphs
         extras.after_step(step, progress)
         # the loss of the step before is on the host by now: waiting for it keeps the GPU's queue at one step
@@ -3839,7 +3839,7 @@ def rotary_kind(cfg: Config) -> type[nn.Module]:
 class NTKRotary(Rotary):
     """Rotary whose base follows the length of a training sequence (#126): base * (T / train_seq_len)^(C / (C - 2)) below it.
 
-    Only where gradients flow: evaluation has the full base, whatever its windows' length, as the loaded model has.
+    Only while gradients are recorded: evaluation has the full base, whatever its windows' length.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -3848,7 +3848,7 @@ class NTKRotary(Rotary):
 
     def forward(self, x: Tensor) -> Tensor:
         cfg, length = self.cfg, x.size(1)
-        if not x.requires_grad or length >= cfg.train_seq_len:
+        if not torch.is_grad_enabled() or length >= cfg.train_seq_len:
             return super().forward(x)
         base = cfg.rope_base * (length / cfg.train_seq_len) ** (cfg.head_dim / (cfg.head_dim - 2))
         i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64, device=x.device) / cfg.head_dim

@@ -58,7 +58,7 @@ class OldStep:
         self.optimizers, self.grads = t.build_optimizers(model, cfg, world), t.Gradients(model, world)
         self.loss_function = t.compiled(t.training_loss, cfg, world)
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def take(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.grads.compute(lambda *micro: self.loss_function(self.model, *micro, self.cfg.z_loss), x, y, self.micro_batches)
         if self.cfg.grad_clip_norm:
             self.grads.clip(self.cfg.grad_clip_norm)
@@ -262,7 +262,7 @@ class Worker:
         marks.set()
         for _ in range(count):
             t.apply_stage(self.step.optimizers, t.schedule(self.cfg, self._taken, 0.0))
-            self.step(*self.batches.next(sequences, self.cfg.train_seq_len))
+            self.step.take(*self.batches.next(sequences, self.cfg.train_seq_len))
             self._taken += 1
             pending, finished = t.Reading(self.step.grads.loss), pending
             if finished:

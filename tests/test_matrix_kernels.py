@@ -108,7 +108,7 @@ def test_a_training_step_renews_the_kept_operands():
     with rounded_once(model):
         step = train_gpt.TrainingStep(model, model.cfg, World())
         before = model.blocks[1].mlp.up.rounded()
-        step(x, y)
+        step.take(x, y)
         for layer in (m for m in model.modules() if isinstance(m, TernaryLinear)):
             codes, codes_t, scale, _ = layer.product.weight(layer, torch.float32)
             assert torch.equal(codes.float() * scale, layer.rounded()) and torch.equal(codes_t.float().T, codes.float())

@@ -89,7 +89,7 @@ def train_steps(steps, **settings):
         take_step = TrainingStep(model, cfg, World())
         for i in range(steps):
             x = tokens(model, 8, seed=i)
-            take_step(x, x.roll(-1, 1))
+            take_step.take(x, x.roll(-1, 1))
             losses.append(take_step.grads.loss.item())
     return model, losses
 
@@ -428,7 +428,7 @@ def run_together(world, settings):
         for i in range(6):
             untie_when_due(model, i / 6)
             x, y = (t.chunk(world.size)[world.rank] for t in (tokens(model, 8, seed=i), tokens(model, 8, seed=i + 1)))
-            take_step(x, y)
+            take_step.take(x, y)
             losses.append(take_step.grads.loss.item())
         for bank in take_step.grads.banks:
             bank.share_latent()

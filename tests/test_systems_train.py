@@ -175,7 +175,7 @@ def test_adamw_on_matrices_honours_its_own_rate_and_decay():
     x = torch.randint(320, (8, 32))
     for t in range(1, 4):
         apply_stage(step.optimizers, Stage(0.5, 0.9, 32, 256))
-        step(x, x.roll(-1, 1))
+        step.take(x, x.roll(-1, 1))
         for name, p in model.named_parameters():
             if name in w:
                 g, lr = p.grad.double(), 0.003 * 0.5
@@ -208,7 +208,7 @@ for settings in [*(dict(matrix_optimizer=name, matrix_lr=1e-3, adam_lr=1e-3) for
     for step, a, b in steps:
         extras = Extras(step.model, step, print)
         for i in range(3):
-            step(a, b)
+            step.take(a, b)
             extras.after_step(i, 0.5)
         extras.finish()
         for bank in step.grads.banks:
@@ -235,11 +235,11 @@ def overflowing(*args):
         step.grads.banks[0].shard.grad.view(-1)[0] = float("inf")
 
 step.grads.compute = overflowing
-step(x[share], y[share])
+step.take(x[share], y[share])
 assert step.grads.scale == 2.0**15
 assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 step.grads.compute = compute
-step(x[share], y[share])
+step.take(x[share], y[share])
 assert step.grads.scale == 2.0**15 and not all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 if world.is_main:
     print("agreed")
@@ -421,7 +421,7 @@ def test_the_average_is_the_hand_computed_one_and_what_is_exported():
     extras = Extras(model, step, print)
     expected, x = None, torch.randint(320, (8, 32))
     for i in range(6):
-        step(x, x.roll(-1, 1))
+        step.take(x, x.roll(-1, 1))
         extras.after_step(i, i / 6)
         now = [p.detach().double() for p in model.parameters()]
         if i == 3:  # the first step at or beyond half the budget
@@ -475,18 +475,18 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_2000_good_steps(
     scaler.good_steps = 7
     clean = step.loss_function
     step.loss_function = lambda *a: (clean(*a)[0] * float("inf"), clean(*a)[1])
-    step(x, x)
+    step.take(x, x)
     assert step.grads.scale == 32768 and scaler.good_steps == 0
     assert all(torch.equal(p, w) for p, w in zip(step.model.parameters(), before, strict=True))
     assert not any(opt.state for opt in step.optimizers) and step.grads.loss.isfinite()
     step.loss_function = clean
-    step(x, x)
+    step.take(x, x)
     assert step.grads.scale == 32768 and scaler.good_steps == 1
     assert not all(torch.equal(p, w) for p, w in zip(step.model.parameters(), before, strict=True))
     scaler.good_steps = 1998
-    step(x, x)
+    step.take(x, x)
     assert step.grads.scale == 32768
-    step(x, x)
+    step.take(x, x)
     assert step.grads.scale == 65536 and scaler.good_steps == 0
     step.restart()  # after warm-up, as if nothing had happened
     assert step.grads.scale == 65536 and step.scaler is not scaler and not any(opt.state for opt in step.optimizers)
@@ -496,13 +496,13 @@ def test_gradients_are_unscaled_whatever_the_scale():
     """Against float32; with scale 1 most gradients of activations lie among float16's subnormals."""
     exact = tiny_model()
     x = torch.randint(320, (8, 32))
-    TrainingStep(exact, exact.cfg, World())(x, x.roll(-1, 1))
+    TrainingStep(exact, exact.cfg, World()).take(x, x.roll(-1, 1))
     reference = torch.cat([p.grad.flatten() for p in exact.parameters()])
     errors = {}
     for scale in (1.0, 2.0**14):
         step, _ = scaled_step()
         step.grads.scale = scale
-        step(x, x.roll(-1, 1))
+        step.take(x, x.roll(-1, 1))
         grads = torch.cat([p.grad.flatten() for p in step.model.parameters()])
         errors[scale] = ((grads - reference).norm() / reference.norm()).item()
     assert errors[2.0**14] < 0.01 and errors[2.0**14] < errors[1.0]
@@ -533,7 +533,7 @@ def test_many_micro_batches_are_one():
         model = tiny_model(train_batch_tokens=512, micro_batch_tokens=micro_batch_tokens)
         step = TrainingStep(model, model.cfg, World())
         assert batch_layout(model.cfg, 1)[0] == {32: 16, 64: 8, 65536: 2}[micro_batch_tokens]
-        step(x, x.roll(-1, 1))
+        step.take(x, x.roll(-1, 1))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     for other in grads[:2]:
         assert (other - grads[2]).norm() < 2e-6 * grads[2].norm()
@@ -544,7 +544,7 @@ def test_grad_clip_norm_is_honoured_in_the_step(limit):
     torch.manual_seed(0)
     model = tiny_model(grad_clip_norm=limit)
     x = torch.randint(320, (8, 32))
-    TrainingStep(model, model.cfg, World())(x, x.roll(-1, 1))
+    TrainingStep(model, model.cfg, World()).take(x, x.roll(-1, 1))
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert norm == pytest.approx(0.01, rel=1e-3) if limit == 0.01 else norm > 0.05
 
@@ -561,7 +561,7 @@ def test_churn_counts_the_codes_that_changed():
     before, x = codes(), torch.randint(320, (8, 32))
     expected = []
     for i in range(5):
-        step(x, x.roll(-1, 1))
+        step.take(x, x.roll(-1, 1))
         extras.after_step(i, 0)
         if i % 2:
             now = codes()

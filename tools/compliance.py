@@ -362,6 +362,12 @@ def functions_reached(tree):
     return {name: nodes for name, nodes in reached.items() if nodes}
 
 
+def of_base(attribute):
+    """Whether it is `super().name`."""
+    call = attribute.value
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "super"
+
+
 def names_used(function, imported):
     """(names, attributes) in a function's or class's code, without annotations and without imported modules' attributes."""
     annotations = set()
@@ -371,6 +377,7 @@ def names_used(function, imported):
                 annotations |= {id(n) for n in ast.walk(getattr(node, part))}
     code = [node for node in ast.walk(function) if id(node) not in annotations]
     attributes = [node for node in code if isinstance(node, ast.Attribute) and dotted(node, {}).split(".")[0] not in imported]
+    attributes = [node for node in attributes if not of_base(node)]  # a class's bases are names in it, and so reached whole
     return {node.id for node in code if isinstance(node, ast.Name)}, {node.attr for node in attributes}
 
 
