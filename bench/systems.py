@@ -2,6 +2,7 @@
 
     python bench/systems.py systems --seconds 150 --seeds 42,1337 --jobs 2     # equal wall clock, small, CPU
     python bench/systems.py switches --steps 400 --seeds 42,1337 --jobs 2      # equal steps, small, CPU
+    python bench/systems.py band --steps 400 --seeds 42,1337 --jobs 2          # banded attention in one pass against sliding windows
     python bench/systems.py systems --seconds 120 --full                       # full size, one GPU
     python bench/systems.py systems --table                                    # the table again, no run
 
@@ -127,15 +128,31 @@ SWITCHES = {
     "RESID_MIX=0": "what the way back to the embedding is worth",
     "Z_LOSS=0": "what the z-loss is worth",
     "WARMDOWN_SHAPE=cosine": "#126's",
+    "ACT_QUANT=fp8": "ours: 8-bit operands on Hopper, the same arithmetic on a CPU",
+    "PARALLEL_BLOCKS=1": "configs/fast.env: attention and MLP side by side",
+    "ATTENTION_FREE_LAYERS=1": "configs/fast.env: one layer of the four is an MLP alone",
 }
 
 
+# One pass over long rows against sliding windows, at the same reach of attention
+BAND = {
+    "sliding, windows of 128": Arm("TRAIN_SEQ_LEN=128", "every token is computed 8 times over"),
+    "banded 128, one pass": Arm("TRAIN_SEQ_LEN=256 ATTENTION_WINDOW=128", "half of a row's tokens see a window that does not begin with the row"),
+    "sliding, windows of 256": Arm("TRAIN_SEQ_LEN=256", "what a longer window is worth"),
+}
+
+
+def band_arms() -> dict[str, Arm]:
+    size = f"{SYSTEMS['default'].settings} ROPE_TYPE=rope VAL_MAX_TOKENS=65536 SLIDING_EVAL_STRIDE=16"
+    return {name: arm._replace(settings=f"{size} {arm.settings}") for name, arm in BAND.items()}
+
+
 def switch_arms() -> dict[str, Arm]:
-    base = SYSTEMS["default"].settings
+    base = SYSTEMS["default"].settings + " VAL_MAX_TOKENS=65536 SLIDING_EVAL=0"  # there are many
     return {"base": Arm(base, "the small default")} | {name: Arm(f"{base} {name}", reason) for name, reason in SWITCHES.items()}
 
 
-GROUPS = {"systems": lambda: SYSTEMS, "switches": switch_arms}
+GROUPS = {"systems": lambda: SYSTEMS, "switches": switch_arms, "band": band_arms}
 
 
 class Budget(NamedTuple):
