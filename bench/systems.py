@@ -96,8 +96,8 @@ SWITCHES = {
     "SEQ_RAMP_START=64 SEQ_RAMP_FRAC=0.25": "#367's ramp",
     "SEQ_WARMUP_START=32 SEQ_WARMUP_STEPS=80": "#126's warm-up",
     "SEQ_WARMUP_START=32 SEQ_WARMUP_STEPS=80 ROPE_TYPE=rope NTK_ROPE=1": "and its rotary base, against ROPE_TYPE=rope",
-    "BATCH_TOKENS_START=1024 BATCH_SCHEDULE_FRACTION=0.33": "#640: .001 to .003 behind",
-    "BATCH_RAMP_START=1024 BATCH_RAMP_FRAC=0.2": "#367's ramp",
+    "BATCH_TOKENS_START=512 BATCH_SCHEDULE_FRACTION=0.33": "#640: .001 to .003 behind",
+    "BATCH_RAMP_START=512 BATCH_RAMP_FRAC=0.2": "#367's ramp",
     "MATRIX_OPTIMIZER=muon_plain": "without the rows' normalization",
     "MATRIX_OPTIMIZER=normuon": "as published: a second moment a row, the norm restored",
     "MATRIX_OPTIMIZER=normuon126": "#126's: rows of equal length, the norm not restored",
@@ -148,7 +148,7 @@ def band_arms() -> dict[str, Arm]:
 
 
 def switch_arms() -> dict[str, Arm]:
-    base = SYSTEMS["default"].settings + " VAL_MAX_TOKENS=65536 SLIDING_EVAL=0"  # there are many
+    base = SYSTEMS["default"].settings + " TRAIN_BATCH_TOKENS=1024 VAL_MAX_TOKENS=32768 SLIDING_EVAL=0"  # there are many
     return {"base": Arm(base, "the small default")} | {name: Arm(f"{base} {name}", reason) for name, reason in SWITCHES.items()}
 
 
