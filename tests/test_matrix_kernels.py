@@ -346,30 +346,8 @@ def test_the_bench_splits_only_where_it_is_faster(monkeypatch):
 
 
 HOPPER = """
-import json, re, subprocess, tempfile
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-import train_gpt
-
-class Hopper:  # what Triton asks a driver for before it compiles
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-def compile_only(self, *args, warmup, **kwargs):
-    kernel = run(self, *args, warmup=True, **kwargs)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
-        f.write(kernel.asm["ptx"])
-        f.flush()
-        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", f.name, "-o", f.name + ".cubin"]
-        text = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
-    products = sorted(set(re.findall(r"wgmma.mma_async.sync.aligned.m64n128k([0-9]+).f32.([.a-z0-9]+)", kernel.asm["ptx"])))
-    found.append([self.__name__, products, "cp.async.bulk.tensor" in kernel.asm["ptx"], kernel.metadata.shared,
-                  int(re.search("([0-9]+) bytes spill stores", text)[1])])
-
-found, run = [], JITFunction.run
-JITFunction.run = compile_only
-triton.runtime.driver.set_active(Hopper())
+import json, re, torch, hopper, train_gpt
+hopper.start()
 train_gpt.TILES = [t for t in train_gpt.TILES if t.n == 128][:1]  # the others take longer to compile
 zeros = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
 x, up, h, rows, scales = zeros(256, 768), zeros(3072, 768), zeros(256, 3072), zeros(256, 1, dtype=torch.float32), torch.ones(2)
@@ -380,7 +358,9 @@ x8, up8 = x.to(torch.float8_e4m3fn), up.to(torch.float8_e4m3fn)
 train_gpt.TUNED.clear()
 train_gpt.relu2_product(x8, up8, scales, x.dtype)
 train_gpt.relu2_gradient(x.to(torch.float8_e5m2), up8, h, rows, rows, scales)
-print(json.dumps(found))
+wgmma = "wgmma.mma_async.sync.aligned.m64n128k([0-9]+).f32.([.a-z0-9]+)"
+print(json.dumps([[kernel.name, sorted(set(re.findall(wgmma, kernel.ptx))), "cp.async.bulk.tensor" in kernel.ptx, *kernel[2:]]
+                  for kernel in hopper.compiled]))
 """
 
 
@@ -388,7 +368,7 @@ def test_matrix_kernels_compile_for_a_hopper_gpu(tmp_path):
     """Asynchronous tensor core products of the right operands, tiles by the memory accelerator, within an H100's 227 KB of shared
     memory, and nothing spilled: for bfloat16 and 8 bits."""
     pytest.importorskip("triton")
-    done = launch({"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER], timeout=240)
+    done = launch({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER], timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [name for name, *_ in found] == ["relu2_kernel", "relu2_gradient_kernel", "split_gradient_kernel", "relu2_kernel", "relu2_gradient_kernel"]
