@@ -10,7 +10,7 @@ defects of its script. Not yet run on 8xH100: RESULTS.md says what was measured 
 The file reads in the order the data flows:
     0 Settings of other systems    1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer
     7 Training    8 Kernels and hardware    9 Artifact
-    10 Published codecs    11 Evaluation    12 Report    13 Optional systems    14 Main
+    10 Published codecs and narrow tables    11 Evaluation    12 Report    13 Optional systems    14 Main
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G weights
 that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte (bpb) are
@@ -241,7 +241,7 @@ class Config(OptionalSettings):
     val_max_tokens: int = 0  # 0: the whole validation split
     sliding_eval: bool = True
     sliding_eval_stride: int = 16
-    sliding_batch_size: int = 256  # windows a step and process, at most MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN
+    sliding_batch_size: int = 256  # windows a step and process; at most MICRO_BATCH_TOKENS, on a GPU four times that
     temp_scaling: bool = True
     artifact_codec: Codec = "auto"  # auto: the smallest of ans, base3, bitmask
 
@@ -1535,6 +1535,7 @@ def attention_backends(device: torch.device) -> contextlib.AbstractContextManage
 
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
+
 
 triton = None
 if torch.version.cuda or "triton" in sys.modules:  # 0.4 s; without CUDA only tests import it, to run it in its interpreter
