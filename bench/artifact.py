@@ -149,7 +149,7 @@ def bound(symbols: list[np.ndarray], layout: t.Layout) -> tuple[dict[str, float]
 def pickled(codes: np.ndarray, scales: bytes, others: dict[str, bytes]) -> bytes:
     """As #640 saves: each stream a bytes object inside torch.save, whose pickle writes bytes as UTF-8 text, then LZMA."""
     best = None
-    for pack in (t.pack_base3, t.pack_bitmask):
+    for pack in (t.PACKINGS["base3"][0], t.pack_bitmask):
         buffer = io.BytesIO()
         torch.save({"packed": pack(codes), "scales": torch.frombuffer(bytearray(scales), dtype=torch.float16), **others}, buffer)
         data = lzma.compress(buffer.getvalue(), preset=9)

@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 with contextlib.suppress(ImportError):
     import triton  # train_gpt looks whether it is there
 
-from sweep import read_preset  # noqa: E402
+from arms import read_preset  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 

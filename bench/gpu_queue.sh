@@ -9,7 +9,7 @@
 #   eval      chunked, stride 64 and stride 16, against the plain evaluation                                      5 min
 #   kernels   bench/gemm.py: matrix products, attention, copies against their ceilings                            5 min
 #   train     the default for two minutes, with its round trip and sliding score                                  5 min
-#   systems   bench/systems.py, each preset at its size (SYSTEMS="pr640 fast": these), SYSTEM_SECONDS=120, what fits   9 min
+#   systems   bench/arms.py, each preset at its size (SYSTEMS="pr640 fast": these), SYSTEM_SECONDS=120, what fits      9 min
 #   all       all of them; about three quarters of an hour
 #
 # Minutes are what a stage is expected to take on one H100, not measured yet. LIMIT_S (default 585) ends a stage that takes
@@ -81,7 +81,7 @@ bench() {
 
 stage_parity() {
   part parity 180 "$python" bench/parity.py
-  part "kernel tests" 400 "$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_matrix_kernels.py
+  part "kernel tests" 400 "$python" -m pytest -q -p no:cacheprovider tests/test_hardware_rows.py tests/test_hardware_matrices.py
 }
 
 stage_step() {
@@ -131,7 +131,7 @@ stage_train() {
 
 stage_systems() {
   local name seconds=${SYSTEM_SECONDS:-120} results=data/queue_systems
-  local systems=("$python" bench/systems.py systems --data data/queue_sp --out "$results")
+  local systems=("$python" bench/arms.py systems --data data/queue_sp --out "$results")
   make_shards 1024 || report+=("$stage | shards | not run: no tokenizer of 1024 pieces, which most systems need")
   for name in ${SYSTEMS:-$(cd configs && printf '%s\n' default ./*.env | sed 's|./||; s|[.]env||; /^demo/d')}; do
     part "$name" $((seconds + 240)) "${systems[@]}" --full --seconds "$seconds" --only "$name"

@@ -5,8 +5,8 @@
 
 The weights are drawn away from their initial zeros, so that every part takes part. Rows: the largest difference of a token's
 nats, the difference of their mean, and the smallest cosine between any parameter's gradient and the reference's. The plain path
-computes all logits; the training path is the loss that training minimizes, with the kernels it takes on that device. Without
-a GPU the rows are the CPU's own bfloat16.
+computes all logits by the plain operations; the training path is the loss that training minimizes, with what the device does
+faster, kernels among it. Without a GPU the rows are the CPU's own bfloat16.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def trained_looking_model(cfg: t.Config) -> t.GPT:
 def nats_and_gradients(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Tensor, training: bool) -> tuple[torch.Tensor, dict]:
     """Nats and every parameter's gradient of what is minimized, a token's share; float32, on the CPU.
 
-    Plain: (B, T) nats of `model(x, y)`. Training: their mean, by `training_loss` with its kernels and its z-loss.
+    Plain: (B, T) nats of `model(x, y)`. Training: their mean, by the training loss with the device's operations and its z-loss.
     """
     model = trained_looking_model(cfg).to(device)
     x, y = x.to(device), y.to(device)
     if training:
-        loss, nats = (part / x.numel() for part in t.training_loss(model, x, y, cfg.z_loss))
+        model.use(t.fast_ops(cfg, x.device))
+        loss, nats = (part / x.numel() for part in model.parts.loss(model, x, y, cfg.z_loss))
     else:
         nats = model(x, y)
         loss = nats.mean()

@@ -48,8 +48,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from arms import read_preset
 from kernel_groups import GROUPS
-from sweep import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).resolve().with_name("step_worker.py")

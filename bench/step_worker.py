@@ -66,6 +66,11 @@ class OldStep:
             opt.step()
 
 
+def fast(model: t.GPT, cfg: t.Config, device: torch.device) -> t.GPT:
+    """The model on the device, computing as main() lets it; older checkouts decide at each call."""
+    return model.to(device).use(t.fast_ops(cfg, device)) if hasattr(t, "fast_ops") else model.to(device)
+
+
 def annotated(function: Callable) -> Callable:
     """The function within the annotation by which the profile knows the forward pass."""
 
@@ -224,7 +229,7 @@ class Worker:
     def model(self) -> t.GPT:
         from parity import trained_looking_model  # now that train_gpt is loaded: alone it would take the one beside it
 
-        return trained_looking_model(self.cfg).to(self.device)
+        return fast(trained_looking_model(self.cfg), self.cfg, self.device)
 
     @functools.cached_property
     def step(self) -> OldStep:
@@ -255,13 +260,20 @@ class Worker:
             a @ b
         return {"flops_s": 2 * size**3 / (min(marks.between()) / 1000)}
 
+    def stage(self) -> t.Stage:
+        """The schedule at the start of the budget; what options make of it is a hook's, in older checkouts the schedule's own."""
+        stage = t.schedule(self.cfg, self._taken, 0.0)
+        for hook in getattr(self.step, "hooks", ()):
+            stage = hook.stage(stage, self._taken, 0.0)
+        return stage
+
     def steps(self, count: int) -> dict:
         """Milliseconds of each of `count` training steps, as in the loop: next batch, step, loss of the step before."""
         sequences, graphs = self.cfg.train_batch_tokens // self.cfg.train_seq_len, compiled_graphs()
         marks, losses, pending = Marks(self.device), [], None
         marks.set()
         for _ in range(count):
-            t.apply_stage(self.step.optimizers, t.schedule(self.cfg, self._taken, 0.0))
+            t.apply_stage(self.step.optimizers, self.stage())
             self.step.take(*self.batches.next(sequences, self.cfg.train_seq_len))
             self._taken += 1
             pending, finished = t.Reading(self.step.grads.loss), pending
@@ -302,7 +314,8 @@ class Worker:
     def loaded(self) -> t.GPT:
         """The model as evaluation gets it: from its bytes."""
         self.model.temperature.fill_(TEMPERATURE)
-        model = t.load_artifact(t.save_artifact(self.model, self.cfg), self.cfg.precision)[0].to(self.device)
+        model = t.load_artifact(t.save_artifact(self.model, self.cfg), self.cfg.precision)[0]
+        fast(model, self.cfg, self.device)
         if hasattr(t, "rounded_once"):
             self._stack.enter_context(t.rounded_once(model))
         return model

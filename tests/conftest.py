@@ -1,8 +1,9 @@
-"""Shared by the tests: a tiny model's settings, synthetic shards, and one way to launch the script."""
+"""Shared by the tests: a tiny model and its settings, synthetic shards, and ways to launch the script."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():  # Triton reads it when it is imported; test_kernels.py needs it, and skips without it
+if not torch.cuda.is_available():  # Triton reads it when it is imported; test_hardware_rows.py needs it, and skips without it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 with contextlib.suppress(ImportError):
     import triton  # noqa: E402, F401
@@ -46,14 +47,39 @@ def tiny_config(**settings: object) -> train_gpt.Config:
     return train_gpt.Config.from_env(TINY | {k.upper(): str(v) for k, v in settings.items()})
 
 
+def fresh_model(cfg: train_gpt.Config) -> train_gpt.GPT:
+    """A model as `main` makes it: it computes through what this machine does best. The plain operations: test_model.py."""
+    return train_gpt.GPT(cfg).use(train_gpt.fast_ops(cfg, torch.device("cpu")))
+
+
 def tiny_model(seed: int = 0, scale: float = 1.0, **settings: object) -> train_gpt.GPT:
     """A tiny model with every parameter away from its initial value, as after training."""
     torch.manual_seed(seed)
-    model = train_gpt.GPT(tiny_config(**settings))
+    model = fresh_model(tiny_config(**settings))
     with torch.no_grad():
         for _, _, p, role in train_gpt.parameter_owners(model):
             p.add_(torch.randn_like(p) * (0.1 if role.storage == "control" else 0.03) * scale)
     return model
+
+
+def tokens(model: train_gpt.GPT, batch: int = 2, length: int = 0, seed: int = 0) -> torch.Tensor:
+    """Random tokens (batch, length or that of a training sequence)."""
+    torch.manual_seed(seed)
+    return torch.randint(model.cfg.vocab_size, (batch, length or model.cfg.train_seq_len))
+
+
+def train_steps(steps: int, **settings: object) -> tuple[train_gpt.GPT, list[float]]:
+    """A fresh model after a few steps on random tokens, and the losses."""
+    cfg, losses = tiny_config(**settings), []
+    torch.manual_seed(0)
+    model = fresh_model(cfg)
+    with train_gpt.rounded_once(model):
+        take_step = train_gpt.TrainingStep(model, cfg, train_gpt.World())
+        for i in range(steps):
+            x = tokens(model, 8, seed=i)
+            take_step.take(x, x.roll(-1, 1))
+            losses.append(take_step.grads.loss.item())
+    return model, losses
 
 
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs! \u00e9\u00e0\u4e2d\u6587 \U0001f600 "
@@ -102,3 +128,29 @@ def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 
         out, err = child.communicate()
         raise AssertionError(f"timed out after {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
     return subprocess.CompletedProcess(script, child.returncode, out, err)
+
+
+WORKER = """
+import importlib, json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from train_gpt import World
+
+world = World.from_env()
+results = []
+for name in {functions}:
+    module, function = name.split(".")
+    results.append(getattr(importlib.import_module(module), function)(world))
+if world.is_main:
+    print("results " + json.dumps(results))
+world.close()
+"""
+
+
+def on_processes(count: int, cwd: Path, *functions: str) -> list:
+    """What functions of the test files ("file.function", each takes its World) return on rank 0 of several processes; no assertion
+    may fail on any of them."""
+    script = cwd / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), functions=functions))
+    done = launch({}, cwd, count, argv=[str(script)], timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("results ")[2])

@@ -289,9 +289,9 @@ case "$*" in
   bench/step.py*) echo '{"ms": 1}' >"${@: -1}" ;;
   bench/gemm.py) exit 9 ;;
   *--only*small) exit 4 ;;
-  bench/systems.py*--only*) mkdir -p "$6/logs"
+  bench/arms.py*--only*) mkdir -p "$6/logs"
     printf 'import this\\npython:3.12 torch\\nstep:1\\n' >"$6/logs/pr640_seed42.txt" ;;
-  bench/systems.py*--table) echo "| pr640 | 1.2346 |" ;;
+  bench/arms.py*--table) echo "| pr640 | 1.2346 |" ;;
   train_gpt.py) mkdir -p logs
     printf 'import this\\npython:3.12 torch\\nstep:1\\n' >"logs/$RUN_ID.txt"
     touch "$ARTIFACT_PATH"; echo 'result {"run_id": "'"$RUN_ID"'", "steps": 7, "val_bpb": 1.23456}' ;;
@@ -326,7 +326,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     assert calls[0].startswith("tools/prepare_data.py text carried/corpus_train_") and "--out data/queue_sp8192" in calls[0]
     assert any("--against old --with A=1 B=2 --with C=3 --json" in call for call in calls)
     assert "train_gpt.py|data/queue_sp8192||120" in calls
-    full = [call for call in calls if call.startswith("bench/systems.py systems --data data/queue_sp ") and "--full" in call]
+    full = [call for call in calls if call.startswith("bench/arms.py systems --data data/queue_sp ") and "--full" in call]
     assert ["--seconds 30 --only pr640|" in call for call in full] == [True, False]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["eval.txt", "figures.jsonl", "kernels.txt", "logs.txt", "parity.txt", "step.txt", "systems.txt", "train.txt"]

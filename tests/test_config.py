@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
+import math
+import sys
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from conftest import ROOT, TINY, tiny_config
+from conftest import ROOT, TINY, launch, tiny_config
 
-from train_gpt import Config, UserError
+from train_gpt import RULES, Config, UserError, help_text, run
 
 README_640 = """
     DATA_PATH=./data/datasets/fineweb10B_sp8192 TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe.model RUN_ID=ternary_run
@@ -78,40 +82,155 @@ def test_usual_environments_are_left_alone():
     Config.from_env(dict.fromkeys(USUAL_NAMES, "x"))
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "expected"),
-    [
-        ("NUM_LAYERS", "ten", "a whole number"),
-        ("NUM_LAYERS", "0", "at least 1"),
-        ("NUM_LAYERS", "2000", "at most 256"),
-        ("MATRIX_LR", "fast", "a number"),
-        ("MATRIX_LR", "nan", "a finite number"),
-        ("MATRIX_LR", "-0.1", "0 or more"),
-        ("SLIDING_EVAL", "yes", "0 or 1"),
-        ("FP_STORAGE", "fp8", "one of FP8, FP16"),
-        ("ACTIVATION", "geglu", "one of relu2"),
-        ("SMEAR", "2", "0 or 1"),
-        ("TIE_EMBEDDINGS", "3", "one of 0, 1, 2"),
-        ("UNTIE_AT_FRACTION", "1.5", "[0, 1)"),
-        ("MUON_MOMENTUM", "1", "[0, 1)"),
-        ("WARMDOWN_FRACTION", "1.5", "[0, 1]"),
-        ("VOCAB_SIZE", "70000", "at most 65536"),
-        ("MODEL_DIM", "66", "a multiple of NUM_HEADS=4"),
-        ("NUM_KV_HEADS", "3", "a divisor of NUM_HEADS=4"),
-        ("BITNET_GROUP_SIZE", "48", "a divisor of MODEL_DIM=64"),
-        ("TRAIN_BATCH_TOKENS", "100", "a multiple of TRAIN_SEQ_LEN=32"),
-        ("SLIDING_EVAL_STRIDE", "33", "at most TRAIN_SEQ_LEN=32"),
-        ("YARN_MAX_LEN", "16", "at least TRAIN_SEQ_LEN=32"),
-        ("RUN_ID", "../../etc/x", "letters"),
-        ("RUN_ID", "", "letters"),
-    ],
-)
-def test_a_bad_value_names_the_variable_the_value_and_what_was_expected(key, text, expected):
-    with pytest.raises(UserError) as error:
-        Config.from_env(TINY | {key: text})
-    message = str(error.value)
-    assert key in message and expected in message and "\n" not in message
-    assert text in message or key == "RUN_ID"
+def fields(*kinds: type) -> list[dataclasses.Field]:
+    hints = get_type_hints(Config)
+    return [f for f in dataclasses.fields(Config) if (get_origin(hints[f.name]) or hints[f.name]) in kinds]
+
+
+def refusal(env: dict[str, str]) -> str:
+    """What the run says before it stops, or nothing."""
+    try:
+        Config.from_env(TINY | env)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+def beyond(limit: str, bound: float, direction: float = 1) -> float:
+    """The nearest value that a limit refuses, or (direction -1) the last that it allows."""
+    outwards = direction * (1 if limit in ("most", "below") else -1)
+    if (limit in ("above", "below")) == (direction == 1):
+        return bound
+    return bound + outwards if isinstance(bound, int) else math.nextafter(bound, outwards * math.inf)
+
+
+def test_every_number_has_limits_and_refuses_what_lies_outside():
+    """Over all settings: each limit as it is declared, on both of its sides. The error names variable, value and every bound."""
+    numbers = fields(int, float)
+    assert [f.name for f in numbers if not f.metadata["limits"]] == ["refiner_kernel"]  # it has a range with REFINER=1: a rule
+    for f in numbers:
+        name, limits, kind = f.name.upper(), f.metadata["limits"], type(f.default)
+        for limit, bound in limits.items():
+            value = beyond(limit, kind(bound))
+            message = refusal({name: str(value)})
+            assert message.startswith(f"{name}={value!r}: expected "), (name, message)
+            assert all(str(other) in message for other in limits.values()), message
+            for inside in (f.default, beyond(limit, kind(bound), -1)):  # another rule may refuse it
+                assert refusal({name: str(inside)}) != message.replace(repr(value), repr(inside))
+
+
+def test_every_setting_of_choices_takes_these_alone():
+    for f in fields(Literal):
+        name, choices = f.name.upper(), get_args(get_type_hints(Config)[f.name])
+        assert f.default in choices
+        for choice in choices:
+            assert f"{name}={str(choice)!r}" not in refusal({name: str(choice)})
+        assert refusal({name: "other"}) == f"{name}='other': expected one of {', '.join(map(str, choices))}"
+    assert refusal({"FP_STORAGE": "fp8"}).startswith("FP_STORAGE='fp8': expected one of FP8, FP16")
+    for f, text in itertools.product(fields(bool), ("2", "yes", "")):
+        assert refusal({f.name.upper(): text}) == f"{f.name.upper()}={text!r}: expected 0 or 1"
+    for f in fields(int):
+        assert refusal({f.name.upper(): "1.5"}) == f"{f.name.upper()}='1.5': expected a whole number"
+    for f in fields(float):
+        assert refusal({f.name.upper(): "fast"}) == f"{f.name.upper()}='fast': expected a number"
+        for text in ("nan", "inf"):
+            assert refusal({f.name.upper(): text}) == f"{f.name.upper()}={text!r}: expected a finite number"
+
+
+RANGES = [("NUM_LAYERS", "0", "1 to 256"), ("ITERATIONS", "0", "at least 1"), ("MATRIX_LR", "-0.1", "0 or more"), ("MUON_MOMENTUM", "1", "0 or more, below 1"),
+          ("LOGIT_SOFTCAP", "0", "above 0"), ("SEQ_RAMP_FRAC", "0", "above 0, at most 1"), ("SEED", str(2**64), "0 to 9223372036854775807")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "words"), RANGES)
+def test_ranges_in_words(name, text, words):
+    assert refusal({name: text}).endswith(f": expected {words}")
+
+
+# A case for each rule between settings, in the order of RULES: what breaks it, and the error.
+BROKEN = [
+    ({"run_id": "../../etc/x"}, "RUN_ID='../../etc/x': expected 1 to 80 of A-Z"),
+    ({"run_id": ""}, "RUN_ID='': expected 1 to 80 of A-Z"),
+    ({"model_dim": 66}, "MODEL_DIM=66: expected a multiple of NUM_HEADS=4"),
+    ({"model_dim": 60}, "MODEL_DIM=60: expected an even multiple of NUM_HEADS=4"),
+    ({"num_kv_heads": 3}, "NUM_KV_HEADS=3: expected a divisor of NUM_HEADS=4"),
+    ({"bitnet_group_size": 48}, "BITNET_GROUP_SIZE=48: expected a divisor of MODEL_DIM=64"),
+    ({"mlp_hidden": 100}, "BITNET_GROUP_SIZE=32: expected a divisor of MODEL_DIM=64 and of the MLP's width"),
+    ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS=100: expected a multiple of TRAIN_SEQ_LEN=32"),
+    ({"sliding_eval_stride": 33}, "SLIDING_EVAL_STRIDE=33: expected at most TRAIN_SEQ_LEN=32"),
+    ({"yarn_max_len": 16}, "YARN_MAX_LEN=16: expected at least TRAIN_SEQ_LEN=32"),
+    ({"mlp_hidden": 102, "scale_group": "row"}, "MLP_HIDDEN=102: expected a multiple of 4"),
+    ({"recurrence_factor": 2}, "RECURRENCE_FACTOR=2: expected 1 with NUM_UNIQUE_LAYERS=0"),
+    ({"num_unique_layers": 2, "recurrence_factor": 3}, "NUM_LAYERS=3: expected NUM_UNIQUE_LAYERS=2 x RECURRENCE_FACTOR=3"),
+    ({"num_unique_layers": 3, "attention_free_layers": 1}, "NUM_UNIQUE_LAYERS=3: expected 0 with ATTENTION_FREE_LAYERS=1"),
+    ({"attention_free_layers": 3}, "ATTENTION_FREE_LAYERS=3: expected fewer than NUM_LAYERS=3"),
+    ({"attention_window": 32}, "ATTENTION_WINDOW=32: expected 0, or a divisor of TRAIN_SEQ_LEN=32 below it"),
+    ({"attention_window": 12}, "ATTENTION_WINDOW=12: expected 0, or a divisor of TRAIN_SEQ_LEN=32"),
+    ({"position": "radial", "attention_window": 8}, "POSITION='radial': expected not radial with ATTENTION_WINDOW=8"),
+    ({"xsa_last_n": 4}, "XSA_LAST_N=4: expected at most the number of blocks"),
+    ({"diff_attn": 1, "xsa_last_n": 1}, "XSA_LAST_N=1: expected 0 with DIFF_ATTN=True"),
+    ({"ntk_rope": 1, "rope_type": "rope", "position": "none"}, "NTK_ROPE=True: expected 0, or POSITION=rope"),
+    ({"ntk_rope": 1}, "NTK_ROPE=True: expected 0, or ROPE_TYPE=rope"),
+    ({"ntk_rope": 1, "rope_type": "rope", "num_heads": 32}, "NTK_ROPE=True: expected 0 with a head of 2 channels"),
+    ({"refiner": 1, "refiner_kernel": 1}, "REFINER_KERNEL=1: expected 2 to 64 with REFINER=1"),
+    ({"mlp_groups": 3}, "MLP_GROUPS=3: expected a number of MLPs that leaves each whole groups of BITNET_GROUP_SIZE=32"),
+    ({"mlp_groups": 4}, "MLP_GROUPS=4: expected"),  # 64 / 4 channels are no multiple of 32 weights a scale
+    ({"weight_quant": "none", "ternary_commit_lambda": 0.1}, "TERNARY_COMMIT_LAMBDA=0.1: expected 0 with WEIGHT_QUANT=none"),
+    ({"weight_quant": "none", "attn_proj_type": "tversky"}, "WEIGHT_QUANT='none': expected not none with Tversky"),
+    ({"weight_quant": "binary", "scale_stat": "lstsq"}, "WEIGHT_QUANT='binary': expected not binary with SCALE_STAT=lstsq"),
+    ({"weight_quant": "binary", "ternary_threshold": 0.7}, "WEIGHT_QUANT='binary': expected not binary with SCALE_STAT=absmean and TERNARY_THRESHOLD=0.7"),
+    ({"tie_embeddings": 0, "untie_at_fraction": 0.5}, "UNTIE_AT_FRACTION=0.5: expected 0 without tied embeddings"),
+    ({"untie_at_fraction": 0.5, "warmup_steps": 2, "ema": 1, "ema_start_fraction": 0.4}, "EMA_START_FRACTION=0.4: expected at least UNTIE_AT_FRACTION=0.5"),
+    ({"untie_at_fraction": 0.5}, "WARMUP_STEPS=1: expected not 1 with UNTIE_AT_FRACTION=0.5"),
+    ({"tie_embeddings": 2, "logit_head_type": "tversky"}, "TIE_EMBEDDINGS=2: expected 0 or 1 with LOGIT_HEAD_TYPE=tversky"),
+    ({"mtp_heads": 8, "seq_len_start": 8, "seq_schedule_fraction": 0.5}, "MTP_HEADS=8: expected fewer than the tokens of the shortest"),
+    ({"tversky_feature_pools": 4, "tversky_num_features": 8}, "TVERSKY_FEATURE_POOLS=4: expected at most the number of blocks"),
+    ({"tversky_feature_pools": 2}, "TVERSKY_FEATURE_POOLS=2: expected 0 with TVERSKY_NUM_FEATURES=0"),
+    ({"act_quant": "fp8", "input_norm": "none"}, "ACT_QUANT='fp8': expected not fp8 without codes and normalized inputs"),
+    ({"act_quant": "fp8", "scale_storage": "fp16"}, "SCALE_STORAGE='fp16': expected e4m3 with ACT_QUANT=fp8"),
+    ({"act_quant": "fp8", "precision": "fp16"}, "PRECISION='fp16': expected not fp16 with ACT_QUANT=fp8"),
+    ({"act_quant": "fp8", "mlp_groups": 2}, "MLP_GROUPS=2: expected 0 with ACT_QUANT=fp8"),
+    ({"act_quant": "fp8", "model_dim": 72, "bitnet_group_size": 8}, "MODEL_DIM=72: expected a multiple of 16 with ACT_QUANT=fp8"),
+    ({"act_quant": "fp8", "num_heads": 8, "num_kv_heads": 1, "qkv_split": 1}, "NUM_KV_HEADS=1: expected projections of a multiple of 16 rows"),
+    ({"artifact_codec": "2bit_zstd"}, "ARTIFACT_CODEC='2bit_zstd': expected the package zstandard"),
+    ({"seq_len_start": 64, "seq_schedule_fraction": 0.3}, "SEQ_LEN_START=64: expected at most TRAIN_SEQ_LEN=32"),
+    ({"seq_len_start": 20, "seq_schedule_fraction": 0.3}, "SEQ_LEN_START=20: expected a divisor of TRAIN_SEQ_LEN=32"),
+    ({"seq_len_start": 16}, "SEQ_SCHEDULE_FRACTION=0.0: expected above 0 with SEQ_LEN_START=16"),
+    ({"seq_len_start": 16, "seq_schedule_fraction": 0.3, "seq_ramp_start": 8}, "SEQ_RAMP_START=8: expected 0 beside SEQ_LEN_START=16"),
+    ({"seq_ramp_start": 12}, "SEQ_RAMP_START=12: expected TRAIN_SEQ_LEN=32 divided by a power of two"),
+    ({"seq_len_start": 16, "seq_schedule_fraction": 0.3, "seq_warmup_start": 8}, "SEQ_WARMUP_START=8: expected 0 beside SEQ_LEN_START=16"),
+    ({"seq_ramp_start": 8, "seq_warmup_start": 8}, "SEQ_WARMUP_START=8: expected 0 beside SEQ_RAMP_START=8"),
+    ({"seq_warmup_start": 12}, "SEQ_WARMUP_START=12: expected TRAIN_SEQ_LEN=32 divided by a power of two"),
+    ({"batch_tokens_start": 512}, "BATCH_TOKENS_START=512: expected at most TRAIN_BATCH_TOKENS=256"),
+    ({"batch_tokens_start": 64, "batch_schedule_fraction": 0}, "BATCH_SCHEDULE_FRACTION=0.0: expected above 0 with BATCH_TOKENS_START=64"),
+    ({"batch_tokens_start": 100}, "BATCH_TOKENS_START=100: expected a multiple of TRAIN_SEQ_LEN=32"),
+    ({"batch_tokens_start": 64, "batch_ramp_start": 64}, "BATCH_RAMP_START=64: expected 0 beside BATCH_TOKENS_START=64"),
+    ({"batch_ramp_start": 96}, "BATCH_RAMP_START=96: expected TRAIN_BATCH_TOKENS=256 divided by a power of two"),
+    ({"batch_ramp_start": 16}, "BATCH_RAMP_START=16: expected a multiple of TRAIN_SEQ_LEN=32"),
+]
+
+
+def first_broken(settings: dict[str, object]) -> tuple[str, str] | None:
+    """(setting, what was expected) of the first rule that is not kept, found without the constructor's checks."""
+    cfg, plain = object.__new__(Config), tiny_config()
+    hints = get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        value = settings.get(f.name, getattr(plain, f.name))
+        object.__setattr__(cfg, f.name, bool(value) if hints[f.name] is bool else value)
+    return next(((name, expected) for name, kept, expected in RULES if not kept(cfg)), None)
+
+
+def test_what_makes_no_sense_is_one_clear_error_for_every_rule(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # as where it is not installed
+    found = []
+    for settings, message in BROKEN:
+        assert refusal({name.upper(): str(value) for name, value in settings.items()}).startswith(message), settings
+        found.append(first_broken(settings))
+    # of batches alone, and of sequences alone: those two schedules share the list of rules
+    rules = [(name, expected) for name, _, expected in RULES]
+    idle = {rule for rule in rules if rule[0].startswith("seq_") and rule[1] == "a multiple of TRAIN_SEQ_LEN"}
+    idle.add(("batch_tokens_start", "a divisor of TRAIN_BATCH_TOKENS"))
+    assert [*dict.fromkeys(found)] == [rule for rule in rules if rule not in idle]
 
 
 def test_booleans_and_the_environment_win_over_defaults():
@@ -119,23 +238,53 @@ def test_booleans_and_the_environment_win_over_defaults():
     assert tiny_config(seed=3).seed == 3
 
 
+def test_help_lists_every_setting_in_its_group_with_default_range_and_meaning():
+    lines = help_text().splitlines()
+    assert [f.name.upper() for f in dataclasses.fields(Config)] == [line.split("=")[0].strip() for line in lines if line.startswith("  ")]
+    group = None
+    for f in dataclasses.fields(Config):
+        group = f.metadata["group"] or group
+        line = next(line for line in lines if line.startswith(f"  {f.name.upper()}="))
+        assert group in lines[: lines.index(line)] and f.metadata["meaning"]
+        default, _, rest = line.strip().removeprefix(f"{f.name.upper()}=").partition("  ")
+        assert rest.startswith(f.metadata["meaning"]) and rest.endswith("]")
+        assert f.default is dataclasses.MISSING or getattr(Config.from_env({f.name.upper(): default}), f.name) == f.default
+        allowed, choices = rest.rpartition("[")[2][:-1], get_args(get_type_hints(Config)[f.name])
+        if choices:
+            assert allowed.split() == [*map(str, choices)]
+        assert allowed and all(str(bound) in allowed for bound in f.metadata["limits"].values())
+    assert len({f.metadata["group"] for f in dataclasses.fields(Config)}) > 8 and max(map(len, lines)) < 160
+
+
+def test_help_needs_neither_data_nor_gpu_nor_settings_that_make_sense(tmp_path, capsys):
+    done = launch({"NUM_LAYERS": "ten", "CUDA_VISIBLE_DEVICES": ""}, tmp_path, argv=[str(ROOT / "train_gpt.py"), "--help"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, help_text() + "\n", "") and not [*tmp_path.iterdir()]
+    assert run(["-h"]) == 0 and capsys.readouterr().out == done.stdout
+
+
+def test_another_argument_is_an_error_of_one_line(capsys):
+    for arguments in (["--foo"], ["train"], ["NUM_LAYERS=3"], ["--help", "--foo"]):
+        assert run(arguments) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and err.startswith(f"train_gpt.py: {arguments[0]!r}: expected ")
+
+
 def test_every_setting_is_read_somewhere():
-    """#640 parsed settings that nothing read. A check alone does not count."""
+    """#640 parsed settings that nothing read. A rule alone does not count, nor a property that rules alone read."""
     tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    checks = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.startswith("check_")]
-    checked = {id(node) for f in checks for node in ast.walk(f)}
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
-    read = {node.attr for node in attributes if id(node) not in checked}
-    unread = {f.name for f in dataclasses.fields(Config)} - read
-    assert unread == {"recurrence_factor"}  # it must agree with two others, which are read
+    names = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {getattr(node, "name", "")}
+    rules = [node for node in tree.body if names(node) & {"RULES", "start_rules"} and not isinstance(node, ast.ClassDef)]
+    rules += [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)]  # words of the rules
+    properties = {f.name: f for node in tree.body if isinstance(node, ast.ClassDef) and "Settings" in node.name for f in node.body
+                  if isinstance(f, ast.FunctionDef) and f.decorator_list and not f.name.startswith("from_")}  # fmt: skip
 
+    def reads(nodes, without):
+        skipped = {id(n) for node in without for n in ast.walk(node)}
+        found = [n for node in nodes for n in ast.walk(node) if id(n) not in skipped]
+        attributes = {n.attr for n in found if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        roles = {n.args[0].value for n in found if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Role" and isinstance(n.args[0], ast.Constant)}
+        return attributes | roles
 
-def test_environment_is_read_in_few_places_only():
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    users = set()
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
-                    users.add(function.name)
-    assert users <= {"from_env", "speaks", "keep_compiled"}  # the last one names the caches of compiled kernels
+    read = reads([tree], [*rules, *properties.values()])
+    read |= reads([f for name, f in properties.items() if name in read], [])
+    assert {f.name for f in dataclasses.fields(Config)} - read == {"recurrence_factor"}  # it must agree with two others, which are read

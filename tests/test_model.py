@@ -1,4 +1,5 @@
-"""The model against what its definition says: causality, pairing of skips, rotary angles, softcap, and the loss by parts."""
+"""The model against what its definition says: causality, pairing of skips, rotary angles, softcap, the loss by parts; and the
+plain operations against this machine's fast ones."""
 
 from __future__ import annotations
 
@@ -6,30 +7,30 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import fresh_model, tiny_config, tiny_model, tokens
 
+import train_gpt
 from train_gpt import (
-    GPT,
     ChunkedPolyLoss,
+    Ops,
+    Part,
+    Parts,
     Rotary,
-    StraightThrough,
     as_stored,
     attend,
+    choose_parts,
+    fast_ops,
     poly_softcap,
     rms_norm,
+    rotate,
     token_nats,
     training_loss,
 )
 
 
-def tokens(model, batch=2, seed=0):
-    torch.manual_seed(seed)
-    return torch.randint(model.cfg.vocab_size, (batch, model.cfg.train_seq_len))
-
-
 def test_first_loss_is_that_of_a_uniform_guess():
     torch.manual_seed(0)
-    model = GPT(tiny_config())
+    model = fresh_model(tiny_config())
     x = tokens(model)
     assert abs(model(x, x.roll(-1, 1)).mean().item() - math.log(320)) < 0.1
 
@@ -74,9 +75,9 @@ def test_grouped_attention_equals_softmax_written_out():
 
 
 def test_rotary_keeps_norms_and_depends_on_distance_alone():
-    rotary = Rotary(tiny_config())
+    angles = Rotary(tiny_config())(32)
     a, b = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    row = lambda x: rotary(x.expand(1, 32, 1, 16))[0, :, 0]
+    row = lambda x: rotate(x.expand(1, 32, 1, 16), *angles)[0, :, 0]
     torch.testing.assert_close(row(a).norm(dim=-1), a.norm().expand(32))
     products = row(a) @ row(b).T
     for distance in (1, 5):
@@ -130,25 +131,28 @@ def test_training_loss_is_forward_plus_z_loss():
 
 
 @pytest.mark.parametrize("settings", [{}, {"softcap_type": "tanh"}, {"embed_dim": 0}, {"activation": "leaky_relu"}, {"fp_storage": "FP16"}])
-def test_gradients_are_those_of_the_rounded_model(settings):
-    """Directional derivative of the loss with all weights replaced by their stored values, by finite differences in float64."""
+def test_gradients_are_those_of_the_rounded_model(settings, monkeypatch):
+    """Directional derivative of the plain loss, all weights replaced by their stored values, by finite differences in float64."""
     model = tiny_model(**settings)
     x = tokens(model)
     y = x.roll(-1, 1)
     training_loss(model, x, y, 1e-4)[0].backward()
-    frozen = tiny_model(**settings).double()
+    frozen = tiny_model(**settings).double().use(Ops())
     for ours, theirs in zip(model.modules(), frozen.modules(), strict=True):
         if hasattr(ours, "rounded"):
             theirs.weight.data, theirs.frozen = ours.rounded().double(), True
     direction = [torch.randn_like(p, dtype=torch.float64) for p in frozen.parameters()]
+    monkeypatch.setattr(train_gpt, "compute_dtype", lambda *_: torch.float64)
+    monkeypatch.setattr(train_gpt, "as_stored", lambda p: p)  # finite differences want a smooth function
 
+    @torch.no_grad()
     def loss_at(step):
-        with torch.no_grad(), no_rounding(), double_hidden(frozen):
-            for p, d in zip(frozen.parameters(), direction, strict=True):
-                p.add_(step * d)
-            nats, lse = token_nats(frozen.softcap(head(frozen, x), frozen.cfg.logit_softcap), y)
-            for p, d in zip(frozen.parameters(), direction, strict=True):
-                p.sub_(step * d)
+        for p, d in zip(frozen.parameters(), direction, strict=True):
+            p.add_(step * d)
+        logits = frozen.table(frozen.embed_out(frozen.hidden(x))) + frozen.vocab_bias
+        nats, lse = token_nats(frozen.softcap(logits, frozen.cfg.logit_softcap), y)
+        for p, d in zip(frozen.parameters(), direction, strict=True):
+            p.sub_(step * d)
         return (nats.sum() + 1e-4 * lse.square().sum()).item()
 
     step = 1e-6
@@ -157,39 +161,55 @@ def test_gradients_are_those_of_the_rounded_model(settings):
     assert actual == pytest.approx(expected, rel=5e-3)
 
 
-def head(model, x):
-    return model.table(model.embed_out(model.hidden(x))) + model.vocab_bias
+# ---- The tables: what a model is made of, and how it is computed
 
 
-class no_rounding:
-    """Controls enter unrounded, so that finite differences see a smooth function."""
-
-    def __enter__(self):
-        import train_gpt
-
-        self.saved, train_gpt.as_stored = train_gpt.as_stored, lambda p: p
-
-    def __exit__(self, *_):
-        import train_gpt
-
-        train_gpt.as_stored = self.saved
+COMPUTED = [{}, {"softcap_type": "tanh", "embed_dim": 0}, {"precision": "bf16"}, {"tie_embeddings": 2, "bigram_hash": 1, "mtp_heads": 1},
+            {"tie_embeddings": 0, "activation": "swiglu", "weight_quant": "none"}, {"act_quant": "int8", "input_norm": "all", "qkv_split": 1},
+            {"act_quant": "fp8"}, {"weight_quant": "binary", "input_norm": "none", "gradient_checkpointing": 1},
+            {"attn_proj_type": "tversky", "logit_head_type": "tversky", "refiner": 1}]  # fmt: skip
 
 
-class double_hidden:
-    """The model computes in float64."""
+@pytest.mark.parametrize("settings", COMPUTED, ids=lambda settings: " ".join(settings) or "default")
+def test_the_fast_operations_give_the_plain_loss_and_every_plain_gradient(settings):
+    """On a CPU, up to the order of float32 sums; in bfloat16 weight gradients are rounded once more or less."""
+    model = tiny_model(**settings)
+    x = tokens(model)
+    results, fast = [], model.ops
+    assert fast == fast_ops(model.cfg, torch.device("cpu")) != Ops()
+    for ops in (fast, Ops()):
+        assert model.use(ops) is model and all(module.ops is ops for module in model.modules() if isinstance(module, Part))
+        model.zero_grad()
+        loss, nats = model.parts.loss(model, x, x.roll(-1, 1), 1e-2)
+        loss.backward()
+        with torch.no_grad():
+            results.append((loss, nats, model(x, x.roll(-1, 1)), *(p.grad for p in model.parameters() if p.numel())))
+    tolerance = 5e-3 if model.cfg.precision == "bf16" else 1e-5
+    for i, (ours, plain) in enumerate(zip(*results, strict=True)):
+        assert (ours - plain).norm() <= tolerance * plain.norm(), (i, ((ours - plain).norm() / plain.norm()).item())
 
-    def __init__(self, model):
-        self.model = model
 
-    def __enter__(self):
-        import train_gpt
+def test_a_model_computes_plainly_until_it_is_told_otherwise():
+    assert {module.ops for module in train_gpt.GPT(tiny_config()).modules() if isinstance(module, Part)} == {Ops()}
 
-        self.saved, train_gpt.compute_dtype = train_gpt.compute_dtype, lambda *_: torch.float64
 
-    def __exit__(self, *_):
-        import train_gpt
+def test_the_default_is_made_of_the_defaults_own_parts():
+    default = choose_parts(train_gpt.Config())
+    assert default._replace(complete=Parts().complete) == Parts()  # what completes a model looks for what only training needs
+    changed = choose_parts(tiny_config(tie_embeddings=0, input_norm="all", activation="gelu", unet=0))
+    assert {name for name in Parts._fields if getattr(changed, name) != getattr(default, name)} == {
+        "linear", "qkv", "output", "attention_output", "mlp", "order", "table", "embed_out", "output_table"}  # fmt: skip
 
-        train_gpt.compute_dtype = self.saved
+
+def test_joined_classes_are_made_once():
+    """Otherwise every model would be compiled anew, and what looks at a class's methods would not know it again."""
+    block, smeared, checkpointed = train_gpt.Block, train_gpt.Smeared, train_gpt.Checkpointed
+    assert train_gpt.joined(block) is block
+    both = train_gpt.joined(block, checkpointed, smeared)
+    assert both is train_gpt.joined(block, checkpointed, smeared) is not train_gpt.joined(block, smeared, checkpointed)
+    assert both.__mro__[1:3] == (checkpointed, smeared) and issubclass(both, block)
+    first, second = (tiny_model(num_layers=1, smear=1, weight_quant="binary", xsa_last_n=1) for _ in range(2))
+    assert [type(m) for m in first.modules()] == [type(m) for m in second.modules()]
 
 
 def test_controls_enter_at_sixteen_bits():
@@ -201,7 +221,7 @@ def test_controls_enter_at_sixteen_bits():
 
 def test_the_training_graph_compiles_to_one_graph_with_the_same_gradients():
     """fullgraph, static shapes: what a GPU run does; here with the aot_eager backend, which needs no C++ compiler."""
-    model = tiny_model(softcap_type="tanh")  # the path a GPU takes: plain PyTorch to the loss
+    model = tiny_model(num_layers=2, softcap_type="tanh")  # the path a GPU takes: no chunks in the loss
     x = tokens(model)
     y = x.roll(-1, 1)
     grads = []
@@ -211,4 +231,3 @@ def test_the_training_graph_compiles_to_one_graph_with_the_same_gradients():
         grads.append([p.grad.clone() for p in model.parameters()])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert isinstance(StraightThrough, type)

@@ -107,6 +107,62 @@ def test_a_program_that_reads_its_docstrings_keeps_them(tmp_path):
     assert "And f" not in pack_code.strip_source(source.replace("__doc__", "__name__"))
 
 
+ANNOTATED = '''\
+from __future__ import annotations
+import functools, typing
+def kept(function): return function
+@kept
+def f(a: int, b: list[str] = ()) -> dict[str, int]:
+    inner: int = 1
+    return {}
+@functools.cache
+def g(a: int, /, b: "text" = 1, *c: int, d: dict[str, tuple[int, ...]] = None, **e: float) -> (
+    tuple[int, ...]
+):
+    x: int = 1; y: int; z: int = 2
+    c.z: float = 2.0
+    class Inner:
+        field: int = 0
+    return lambda x: {1: x}
+class T(typing.NamedTuple):
+    """A class's own stay."""
+    a: int = 1
+    def method(self, é: float) -> T: return self
+top: int = 1
+'''
+
+
+def test_annotations_that_nothing_reads_go():
+    """Not a class's, nor those of a decorated function, nor any that are evaluated or asked for."""
+    stripped = pack_code.strip_source(ANNOTATED.replace("(\n    tuple[int, ...]\n)", "tuple[int, ...]").replace("c.z", "g.z"))
+    for text in ("def f(a:int,b:list[str]=())->dict[str,int]:", "inner:int=1", "def g(a,/,b=1,*c,d=None,**e):", "x=1;y:int;z=2\n",
+                 "g.z=2.0\n", "field:int=0", " a:int=1", "def method(self,é):return self", "top:int=1"):  # fmt: skip
+        assert text in stripped, text
+    with pytest.raises(SyntaxError):
+        pack_code.strip_source(ANNOTATED)  # parentheses around an annotation
+    for source in (ANNOTATED.replace("from __future__ import annotations\n", ""), ANNOTATED + "print(f.__annotations__)\n"):
+        assert "b:\"text\"=1" in pack_code.strip_source(source)
+
+
+SETTING = '''\
+def setting(default, meaning, *, group="", model=False, of="", **limits):
+    return default, meaning, group, model, of, limits
+print(setting(1, "in words, (so) " "to say", group="Run, first"  # a comment
+              , least=0), setting("x", "y",
+    model=True, of=\'\'\'a system\'\'\'), setting(2, "alone", of="b", group="c", most=3))
+'''
+
+
+def test_what_settings_say_in_words_goes(tmp_path):
+    """Where `setting` is declared as in train_gpt.py, and nothing else of its calls."""
+    (tmp_path / "p.py").write_bytes(pack_code.pack(SETTING))
+    left = "(1, '', '', False, '', {'least': 0}) ('x', '', '', True, '', {}) (2, '', '', False, '', {'most': 3})\n"
+    assert outcome(start(tmp_path / "p.py", tmp_path)) == (0, left, "")
+    foreign = "from x import setting\nsetting(1, 'say', of='b')\n"
+    for other in (SETTING.replace("meaning", "means"), SETTING.replace('of=""', "of=0"), foreign):
+        assert "say" in pack_code.strip_source(other)
+
+
 def test_what_cannot_be_stripped_is_refused():
     with pytest.raises(SyntaxError):
         pack_code.strip_source(HARD)  # a statement after a docstring, on its line
@@ -197,7 +253,10 @@ def packed_trainer(tmp_path_factory):
 
 
 IMPORT = """
-import dataclasses, inspect, linecache, os, sys, torch, train_gpt
+import contextlib, dataclasses, inspect, linecache, os, sys, torch
+with contextlib.suppress(ImportError):
+    import triton  # then train_gpt.py has its kernels, and PyTorch reads the hints of its operators
+import train_gpt
 from pathlib import Path
 from typing import get_type_hints
 cfg = train_gpt.Config.from_env({key: value for key, value in %r.items()})
@@ -215,6 +274,19 @@ assert torch.equal(nats, model(x, x)) and train_gpt.__file__ == str(Path("train_
 def test_the_packed_trainer_is_a_module_with_sources(packed_trainer, tmp_path):
     done = launch({"TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}, packed_trainer.parent, argv=["-c", IMPORT % TINY])
     assert done.returncode == 0, done.stderr
+
+
+def test_the_packed_trainers_help_has_no_words(packed_trainer, tmp_path):
+    """Names, defaults and ranges, as the readable one's, without meanings, groups and systems."""
+    paths = ROOT / "train_gpt.py", packed_trainer
+    helps = [launch({"TMPDIR": str(tmp_path)}, tmp_path, argv=[str(path), "--help"]) for path in paths]
+    assert all(done.returncode == 0 and not done.stderr for done in helps)
+    readable, bare = (done.stdout.splitlines() for done in helps)
+    settings = [line for line in readable if re.match(r"  [A-Z0-9_]+=", line)]
+    assert bare[0] == readable[0] and len(settings) == len(bare) - 1 > 100
+    for line, left in zip(settings, bare[1:], strict=True):
+        name, allowed = re.fullmatch(r"(  [A-Z0-9_]+=\S*  ) \[(.*)\]", left).groups()
+        assert line.startswith(name) and line.endswith(f"[{allowed}]") and len(line) > len(left), line
 
 
 def run_trainer(script, folder, data_dir, processes):

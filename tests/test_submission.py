@@ -214,6 +214,100 @@ TEST_TIME_TRAINING = {
     "no such function": ("def evaluate", "def valuate"),
 }
 
+# A model whose operations, parts, tables and hooks are data. `spoiled` follows gradients, as training may.
+TABLES = '''
+import functools
+import sys
+from typing import Callable, NamedTuple
+import torch
+def spoiled(*values):
+    values[0].backward()
+def plain(*values):
+    return values[0]
+class Ops(NamedTuple):
+    matmul: Callable = plain
+    mlp: Callable = plain
+    loss: Callable = plain
+class Codec(NamedTuple):
+    pack: Callable
+    unpack: Callable = plain
+SOFTCAPS = {"poly": plain}
+SOFTCAPS |= {"tanh": plain}
+CODECS = {}
+CODECS["int8"] = Codec(functools.partial(plain, 1), functools.partial(plain, 2))
+HOOKS, OPTIMIZERS = [], {"muon": plain}
+def registered(function):
+    HOOKS.append(function)
+    return function
+@registered
+def at_a_step(model):
+    plain(model)
+def choose_ops(ops):
+    fits = ops._replace(loss=plain if ops else plain)
+    return fits._replace(**{"mlp": plain})
+def capped(cap):
+    def function(x):
+        return plain(cap, x)
+    return function
+class Hook:
+    def before_step(self, model):
+        plain(model)
+class Layer(torch.nn.Module):
+    ops = Ops()
+    def __init__(self, function=plain):
+        super().__init__()
+        self.stored, self.others = function, []
+        self.others.append(plain)
+        self.cap = capped(plain)
+        self.register_forward_hook(plain)
+        setattr(self, "made", plain)
+    def forward(self, x):
+        return self.ops.matmul(self.ops.mlp(x)) + self.stored(x) + self.cap(x) + self.made(x) + self.others[0](x)
+def make(kind):
+    return kind(plain)
+def score_artifact(model, log):
+    log("scored")
+    for hook in HOOKS:
+        hook(model)
+    model.hook.before_step(model)
+    return evaluate(model)
+@torch.no_grad()
+def evaluate(model):
+    CODECS["int8"].unpack(model)
+    return SOFTCAPS["poly"](model.ops.loss(model(1))) + getattr(model, "late")(1) + CODECS.get("int8").pack(model)
+def train(model, step=spoiled):
+    OPTIMIZERS["muon"](model)
+    spoiled(model)
+def main():
+    model = make(Layer)
+    model.ops, model.hook, model.late = choose_ops(Ops()), Hook(), plain
+    train(model)
+    score_artifact(model, plain)
+'''
+PLANTED = {
+    "an operation": ("matmul: Callable = plain", "matmul: Callable = spoiled"),
+    "a machine's operation": ("loss=plain if ops else plain", "loss=plain if ops else spoiled"),
+    "an operation by name": ('{"mlp": plain}', '{"mlp": spoiled}'),
+    "a table's entry": ('SOFTCAPS = {"poly": plain}', 'SOFTCAPS = {"poly": spoiled}'),
+    "an option's entry": ('{"tanh": plain}', '{"tanh": spoiled}'),
+    "a codec": ("functools.partial(plain, 2)", "functools.partial(spoiled, 2)"),
+    "a codec that get finds": ("functools.partial(plain, 1)", "functools.partial(spoiled, 1)"),
+    "a registered hook": ("step(model):\n    plain(model)", "step(model):\n    spoiled(model)"),
+    "a hook's method": ("step(self, model):\n        plain(model)", "step(self, model):\n        train(model)"),
+    "a module's hook": ("self.register_forward_hook(plain)", "self.register_forward_hook(spoiled)"),
+    "a part": ("return kind(plain)", "return kind(spoiled)"),
+    "a part's default": ("function=plain", "function=spoiled"),
+    "a list of a part": ("self.others.append(plain)", "self.others.append(spoiled)"),
+    "a closure": ("self.cap = capped(plain)", "self.cap = capped(spoiled)"),
+    "an attribute by name": ('"made", plain', '"made", spoiled'),
+    "an attribute asked by name": ("Hook(), plain", "Hook(), spoiled"),
+    "an argument": ("score_artifact(model, plain)", "score_artifact(model, spoiled)"),
+    "the module's own": ('log("scored")', 'sys.modules["__main__"].train(model)'),
+    "another function in a function's place": ("HOOKS, OPTIMIZERS = [],", "plain = spoiled\nHOOKS, OPTIMIZERS = [],"),
+    "in a lambda": ("functools.partial(plain, 2)", "lambda x: x.backward()"),
+    "PyTorch's own": ("functools.partial(plain, 2)", "torch.autograd.grad"),
+}
+
 
 def inspected(tmp_path, program, packed):
     source = program.encode() if not packed else pack_code.pack(program)
@@ -235,6 +329,42 @@ def test_network_use_is_found(tmp_path, case):
 def test_test_time_training_is_found(tmp_path, case):
     old, new = TEST_TIME_TRAINING[case]
     assert old in GOOD and inspected(tmp_path, GOOD.replace(old, new), packed=False) == {"no test-time training"}
+
+
+def test_a_tables_functions_are_reached_where_the_table_is_asked():
+    """Whatever way a function comes to be called: it is found, and what training alone asks is not."""
+    wrong = lambda program, old="", new="": compliance.inspect_evaluation(program.replace(old, new).encode())[0]
+    assert wrong(TABLES) == wrong(TABLES, '{"muon": plain}', '{"muon": spoiled}') == []
+    for case, (old, new) in PLANTED.items():
+        assert TABLES.count(old) == 1 and wrong(TABLES, old, new), case
+    assert [bool(wrong(GOOD, "        return x", f"        return x.requires_grad_({on})")) for on in (False, True)] == [False, True]
+
+
+TRAINERS_TABLES = {
+    "matmul: Callable = matmul": "matmul: Callable = SPOILED",
+    "order: Callable = u_net": "order: Callable = SPOILED",
+    "embed_norm: Callable = lambda cfg: rms_norm": "embed_norm: Callable = lambda cfg: SPOILED",
+    "order=recurrent_order": "order=SPOILED",
+    "attend=flash_attention_3(cfg) or attend": "attend=SPOILED",
+    "qk_norm_rope=QKNormRope.apply": "qk_norm_rope=SPOILED",
+    '{"poly": poly_softcap}': '{"poly": SPOILED}',
+    '"FP8": Float8()': '"FP8": SPOILED',
+    "activated(F.relu)": "activated(SPOILED)",
+    "lambda t: torch.sigmoid(5 * t)": "SPOILED",
+    "clock = Clock(world)\n    loss, bpb": "SPOILED(choose_hooks(model))\n    loss, bpb",
+}
+
+
+def test_the_trainers_own_tables_are_looked_into():
+    """A function that follows gradients in each of the trainer's tables: all are found, and none in the trainer as it is."""
+    source = (ROOT / "train_gpt.py").read_text()
+    wrong, shown = compliance.inspect_evaluation(source.encode())
+    assert not wrong and int(re.search("of ([0-9]+) names", shown)[1]) > 150
+    for i, (old, new) in enumerate(TRAINERS_TABLES.items()):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new.replace("SPOILED", f"spoiled_{i}")) + f"def spoiled_{i}(x):\n    x.backward()\n"
+    found = re.findall("spoiled_([0-9]+) uses", " ".join(compliance.inspect_evaluation(source.encode())[0]))
+    assert set(map(int, found)) == set(range(len(TRAINERS_TABLES)))
 
 
 def test_code_around_a_packed_program_is_seen(tmp_path):

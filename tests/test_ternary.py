@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
+    BASE3,
     PACKINGS,
     AnsStream,
     ArtifactError,
@@ -22,14 +23,13 @@ from train_gpt import (
     StraightThrough,
     TernaryLinear,
     ans_encode,
-    pack_base3,
     pack_bitmask,
+    pack_digits,
     round_fp8,
     round_half,
     round_rows,
     round_scale,
     ternarize,
-    unpack_base3,
     unpack_bitmask,
 )
 
@@ -131,7 +131,7 @@ def test_packing_inverts_any_codes(codes):
 def test_base3_is_five_digits_a_byte():
     for value in range(243):
         codes = np.array([value // 3**j % 3 - 1 for j in range(5)], dtype=np.int8)
-        assert pack_base3(codes) == bytes([value])
+        assert pack_digits(codes, **BASE3) == bytes([value])
 
 
 def test_bitmask_size_follows_the_zero_fraction():
@@ -141,7 +141,7 @@ def test_bitmask_size_follows_the_zero_fraction():
 
 @pytest.mark.parametrize(
     ("unpack", "data", "count"),
-    [(unpack_base3, bytes([243]), 5), (unpack_base3, bytes([1, 1]), 5), (unpack_base3, b"", 1), (unpack_base3, bytes([200]), 1),
+    [(PACKINGS["base3"][1], bytes([243]), 5), (PACKINGS["base3"][1], bytes([1, 1]), 5), (PACKINGS["base3"][1], b"", 1), (PACKINGS["base3"][1], bytes([200]), 1),
      (unpack_bitmask, bytes([0b10000000]), 3), (unpack_bitmask, bytes([0b00010000, 0]), 3), (unpack_bitmask, bytes([0b10000000, 0b01000000]), 3),
      (unpack_bitmask, bytes([0, 0]), 3), (unpack_bitmask, b"", 3)],
 )  # fmt: skip

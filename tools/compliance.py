@@ -8,7 +8,8 @@ Exit code 1 if a rule is broken or not shown to be kept, 2 for a mistake in the 
 validation text and the gain are shown, but do not count.
 
 What it cannot see: which machine wrote a log, what a run saw besides its files, whether training used the validation text,
-and code reached by getattr. The network and test-time training are looked for in the syntax tree of the program in the log.
+and code reached by a name that the program puts together. The network and test-time training are looked for in the syntax
+tree of the program in the log.
 """
 
 import argparse
@@ -220,12 +221,17 @@ FORBIDDEN = tuple("""os.system os.popen os.exec os.spawn os.posix_spawn os.start
 FORBIDDEN_BUILTINS = {"exec", "eval", "compile", "__import__", "__builtins__"}
 COMMANDS = {"git": {"fetch", "pull", "push", "clone", "remote", "ls-remote", "submodule"}}  # a command: what it must not do
 EVALUATION_ENTRIES = ("evaluate", "score_artifact")
-MODULE_ENTRIES = ("forward", "__call__")  # methods that calling a module runs
+CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+CONTAINER_METHODS = {name for kind in (dict, list, set, tuple) for name in dir(kind)}
+ASKS = {"getattr": 1, "attrgetter": 0, "methodcaller": 0}  # which argument of these functions is an attribute's name
+DEEPEST_CALL = 3  # f(a)(b)(c)
 GRADIENTS = {"backward", "enable_grad", "set_grad_enabled", "requires_grad_", "requires_grad"}  # attributes of anything
 GRADIENT_CALLS = ("torch.autograd.grad.", "torch.autograd.backward.", "torch.func.", "torch.optim.")
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def parse_program(code):
     """Syntax tree of a file that ran; ValueError or SyntaxError if it is no program.
 
@@ -324,7 +330,7 @@ def check_network(run):
     return check_program(run, "no network", inspect_network)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def inspect_network(code):
     """Imports, programs started and dynamic code; joining the run's own processes (torch.distributed) is no download."""
     tree = parse_program(code)
@@ -339,57 +345,246 @@ def inspect_network(code):
     return wrong, shown
 
 
-def functions_reached(tree):
-    """{name: definitions} of all functions that evaluation can reach, by name alone: an attribute is every method of that name.
+class Program:
+    """What evaluation can run of a program, found by name alone.
 
-    A class stands for all its methods. Type annotations do not count, nor do attributes of imported modules.
+    Running code may call whatever its names, attributes and calls may give. A name: the functions and classes of that name,
+    and what the variable is given, or the parameter is passed, anywhere. An attribute: every method of that name, and what
+    the program puts there anywhere, by assignment, as a keyword, as a field's default or its value by position, as an entry
+    of a dictionary; so a function that stands in a table is found where the table is asked. A call: what the function
+    returns, or what a foreign one was given. A class stands for all its methods. Type annotations do not count.
     """
-    methods, others = {}, {}
-    for node in ast.walk(tree):
+
+    def __init__(self, tree):
+        self.imported, self.found = aliases(tree), {}
+        self.definitions, self.methods = {}, {}  # name: [nodes]
+        self.variables, self.attributes, self.put = {}, {}, {}  # (function or None, name), name, name: [what it may hold]
+        self.place = {}  # node: the function that it stands in, or None
+        self.returned, self.calls, self.hooks = {}, {}, []  # by function, by name of what is called
+        self.receivers, self.annotations, self.shared = set(), set(), set()
+        self._collect(tree, None, None)
+        self._collect_fields()
+        self._reach()
+
+    def _collect(self, node, function, parent):
+        self.place[node], value, of_class = function, getattr(node, "value", None), isinstance(parent, ast.ClassDef)
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            self.annotations |= set(ast.walk(part)) if part is not None else set()
+        if isinstance(node, DEFINITIONS):
+            (self.methods if of_class else self.definitions).setdefault(node.name, []).append(node)
+            self.variables.setdefault((function, node.name), []).extend([] if of_class else [node])
+            for decorator in node.decorator_list:
+                self.calls.setdefault(last_name(decorator), []).append(ast.Call(decorator, [node], []))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) and value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                self._store(target, value, function, of_class)
+        elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
+            self._store(node.target, node.iter, function)
+        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+            self._store(node.optional_vars, node.context_expr, function)
+        elif isinstance(node, ast.keyword):
+            self.attributes.setdefault(node.arg, []).append(value)
+        elif isinstance(node, ast.Dict):
+            for key, entry in zip(node.keys, node.values, strict=True):
+                self.attributes.setdefault(getattr(key, "value", None), []).append(entry)
+        elif isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)) and value is not None:
+            self.returned.setdefault(function, []).append(value)
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            self.shared |= {(function, name) for name in node.names}
+        elif isinstance(node, ast.Attribute):
+            self.receivers.add(value)
+        elif isinstance(node, ast.Call):
+            self._collect_call(node)
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                place = methods if isinstance(node, ast.ClassDef) else others
-                place.setdefault(child.name, []).append(child)
-    imported, reached = aliases(tree), {}
-    todo = [(others, name) for name in EVALUATION_ENTRIES] + [(methods, name) for name in MODULE_ENTRIES]
-    while todo:
-        place, name = todo.pop()
-        new = [node for node in place.get(name, []) if node not in reached.get(name, [])]
-        reached.setdefault(name, []).extend(new)
-        for node in new:
-            plain, attributes = names_used(node, imported)
-            todo += [(others, used) for used in plain] + [(methods, used) for used in attributes]
-    return {name: nodes for name, nodes in reached.items() if nodes}
+            self._collect(child, node if isinstance(node, FUNCTIONS) else function, node)
 
+    def _collect_call(self, call):
+        name, values = last_name(call.func), given_to(call)
+        self.calls.setdefault(name, []).append(call)
+        if isinstance(call.func, ast.Attribute):  # x.append(f), table.update(...)
+            for value in values:
+                self._put(call.func.value, value)
+        if name == "setattr" and len(call.args) == 3:
+            self.attributes.setdefault(getattr(call.args[1], "value", None), []).append(call.args[2])
+        if re.fullmatch("register_.*hook", name):
+            self.hooks += values
 
-def of_base(attribute):
-    """Whether it is `super().name`."""
-    call = attribute.value
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "super"
+    def _store(self, target, value, function, of_class=False):
+        """`target` may hold `value` from here on: a variable or an attribute, each part of a tuple, what is subscripted."""
+        if isinstance(target, (ast.Tuple, ast.List)):
+            pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
+            for i, part in enumerate(target.elts):
+                self._store(part, value.elts[i] if pairs else value, function, of_class)
+        elif isinstance(target, ast.Starred):
+            self._store(target.value, value, function, of_class)
+        elif isinstance(target, ast.Subscript):
+            self._put(target.value, value)
+        elif isinstance(target, ast.Attribute) or of_class:
+            self.attributes.setdefault(last_name(target), []).append(value)
+        if isinstance(target, ast.Name):
+            self.variables.setdefault((function, target.id), []).append(value)
 
+    def _put(self, container, value):
+        while isinstance(container, ast.Subscript):
+            container = container.value
+        (self.attributes if isinstance(container, ast.Attribute) else self.put).setdefault(last_name(container), []).append(value)
 
-def names_used(function, imported):
-    """(names, attributes) in a function's or class's code, without annotations and without imported modules' attributes."""
-    annotations = set()
-    for node in ast.walk(function):
-        for part in ("annotation", "returns"):
-            if getattr(node, part, None) is not None:
-                annotations |= {id(n) for n in ast.walk(getattr(node, part))}
-    code = [node for node in ast.walk(function) if id(node) not in annotations]
-    attributes = [node for node in code if isinstance(node, ast.Attribute) and dotted(node, {}).split(".")[0] not in imported]
-    attributes = [node for node in attributes if not of_base(node)]  # a class's bases are names in it, and so reached whole
-    return {node.id for node in code if isinstance(node, ast.Name)}, {node.attr for node in attributes}
+    def _collect_fields(self):
+        """What classes with fields, such as named tuples, are given by position."""
+        for node in (c for defined in self.definitions.values() for c in defined if isinstance(c, ast.ClassDef)):
+            fields = [a.target.id for a in node.body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)]
+            for call in self.calls.get(node.name, []) + self.calls.get("cls", []):
+                starred = any(isinstance(a, ast.Starred) for a in call.args)
+                for i, name in enumerate(fields):
+                    self.attributes.setdefault(name, []).extend(call.args if starred else call.args[i : i + 1])
 
+    def _reach(self):
+        """Fill `found`: the functions and classes that may run, and the attributes that may be called."""
+        for function, name in self.shared:
+            self.put.setdefault(name, []).extend(self.variables.pop((function, name), []))
+        self.found = {d: None for name in EVALUATION_ENTRIES for d in self.definitions.get(name, [])}
+        calls = [call for named in self.calls.values() for call in named]
+        called, self.held = {call.func for call in calls}, [call for call in calls if self._held(call.func)]
+        self.values = {last_name(n) for n in self.place if isinstance(n, (ast.Name, ast.Attribute)) and n not in called}
+        special = [name for name in self.methods if re.fullmatch("forward|__.*__", name) and name not in CONSTRUCTORS]
+        self.values |= {"", *special, *(d.name for d in self.place if isinstance(d, DEFINITIONS) and d.decorator_list)}
+        todo = [(0, node) for node in [*self.found, *self.hooks, *(m for name in special for m in self.methods[name])]]
+        todo += [(0, value) for name in EVALUATION_ENTRIES for value in self.variables.get((None, name), [])]
+        asked = set()
+        while todo:
+            if (question := todo.pop()) not in asked and question[0] <= DEEPEST_CALL:
+                asked.add(question)
+                todo += self._answers(*question)
 
-def gradient_uses(function, names):
-    """What in a function makes or follows gradients."""
-    found = []
-    for node in ast.walk(function):
+    def _answers(self, depth, asked):
+        """More questions: what may be there (depth 0), what may it give when it is called (1), what may that give (2), and so on?
+
+        Asked is of a node, an attribute's name, a variable (name, where it is bound), an argument (None, position, many).
+        """
+        if isinstance(asked, ast.AST):
+            return self._answers_of(depth, asked)
+        if isinstance(asked, str):
+            return [(depth, value) for value in self._attribute(asked)]
+        return [(depth, value) for value in (self._at(*asked) if asked[0] is None else self._named(*asked))]
+
+    def _answers_of(self, depth, node):
+        if isinstance(node, (*DEFINITIONS, ast.Lambda)) and not depth:
+            self.found[node] = None
+            code = [n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute, ast.Call)) and n not in self.annotations]
+            return [(0, n) for n in code if n not in self.receivers and not of_base(n)]
+        if isinstance(node, DEFINITIONS):
+            return [(depth - 1, value) for value in self.returned.get(node, [])]
+        if isinstance(node, ast.Lambda):
+            return [(depth - 1, node.body)]
+        if isinstance(node, ast.Name):
+            return [(depth, (node.id, self._binding(node.id, self.place[node])))]
         if isinstance(node, ast.Attribute):
-            name = dotted(node, names)
-            if node.attr in GRADIENTS or f"{name}.".startswith(GRADIENT_CALLS):
-                found.append(f"line {node.lineno}: {function.name} uses {name or node.attr}")
+            self.found |= {} if depth else {node: None}
+            if dotted(node, {}).split(".")[0] in self.imported:
+                return []
+            whole = node.attr in CONTAINER_METHODS or not self._attribute(node.attr)  # what a foreign attribute may give
+            return [(depth, node.attr)] + [(d, node.value) for d in {depth, max(0, depth - 1)} if whole]
+        if isinstance(node, ast.Call):
+            named = [getattr(a, "value", None) for a in node.args[ASKS.get(last_name(node.func), 9) :][:1]]
+            named = [name for name in named if isinstance(name, str)]
+            given = [] if self._own(node.func) else given_to(node)
+            return [(depth + 1, node.func)] + [(depth, value) for value in named + given]
+        if isinstance(node, ast.IfExp):
+            return [(depth, node.body), (depth, node.orelse)]
+        if isinstance(node, (ast.Subscript, ast.Compare)):
+            return [(depth, node.value)] if isinstance(node, ast.Subscript) else []
+        return [(depth, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+
+    def _attribute(self, name):
+        """What an attribute may be; a function of the module is one of `sys.modules[__name__]`."""
+        return [*self.methods.get(name, []), *self.attributes.get(name, []), *self.definitions.get(name, [])]
+
+    def _own(self, callee):
+        """Whether what is called can be nothing but what the program defines under that name."""
+        if isinstance(callee, ast.Attribute):
+            return callee.attr in self.methods and callee.attr not in {*self.attributes, *CONTAINER_METHODS}
+        given = self._given(callee.id, self.place[callee]) if isinstance(callee, ast.Name) else [None]
+        return bool(given) and all(isinstance(value, DEFINITIONS) for value in given)
+
+    def _held(self, callee):
+        """Whether what is called may be what a variable or an attribute holds."""
+        foreign = isinstance(callee, ast.Name) and not self._given(callee.id, self.place[callee])
+        return not self._own(callee) and not foreign and dotted(callee, {}).split(".")[0] not in self.imported
+
+    def _given(self, name, function):
+        """What a name is given where it is bound, None for what is passed; nothing for what the program does not bind."""
+        function = self._binding(name, function)
+        passed = [None] if function is not None and name in arguments_of(function) else []
+        return self.variables.get((function, name), []) + self.put.get(name, []) + passed
+
+    def _binding(self, name, function):
+        """The innermost function around that binds a name, None for the module."""
+        while function is not None and (function, name) not in self.variables and name not in arguments_of(function):
+            function = self.place[function]
+        return function
+
+    def _named(self, name, function):
+        """What a name may be that is bound in a function, or in the module."""
+        given = self._given(name, function)
+        return given if None not in given else [*filter(None, given), *self._passed(function, name)]
+
+    @functools.cache  # noqa: B019
+    def _passed(self, function, name):
+        """What an argument may be: by default, by keyword, by position (a method's first one is not in the call)."""
+        a = function.args
+        if name in ("self", "cls"):
+            return []
+        index, many = arguments_of(function).index(name), a.vararg is not None and name == a.vararg.arg
+        by_default = dict(zip([x.arg for x in a.posonlyargs + a.args][::-1], a.defaults[::-1], strict=False))
+        by_default |= {x.arg: default for x, default in zip(a.kwonlyargs, a.kw_defaults, strict=True) if default}
+        found = [by_default[n] for n in by_default if n == name] + self.attributes.get(name, [])
+        own = getattr(function, "name", "")
+        for called in [own, *self.definitions] if own in CONSTRUCTORS else [own]:
+            found += self._at(called, index, many)
+        return found + [(None, index, many)] * (own in self.values)
+
+    @functools.cache  # noqa: B019
+    def _at(self, called, index, many):
+        """What is passed at a position, or one before it, in calls by a name; None: in calls of what is held."""
+        calls = self.held if called is None else self.calls.get(called, [])
+        fits = lambda i, value: i in (index - 1, index) or many and i >= index or isinstance(value, ast.Starred)
+        return [value for call in calls for i, value in enumerate(call.args) if fits(i, value)]
+
+
+def last_name(node):
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def given_to(call):
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
+def arguments_of(function):
+    a = function.args
+    return [x.arg for x in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if x is not None]
+
+
+def of_base(node):
+    """Whether it is `super().__init__`: a class's bases are names in it, and so found whole."""
+    call = getattr(node, "value", None)
+    return isinstance(call, ast.Call) and last_name(call.func) == "super" and last_name(node) in CONSTRUCTORS
+
+
+def gradient_uses(node, names, harmless):
+    """[(line, what makes or follows gradients there)] of a definition or an expression."""
+    found = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and part not in harmless:
+            name = dotted(part, names)
+            if part.attr in GRADIENTS or f"{name}.".startswith(GRADIENT_CALLS):
+                found.append((part.lineno, f"{getattr(node, 'name', 'an expression')} uses {name or part.attr}"))
     return found
+
+
+def switched_off(tree):
+    """`requires_grad_` of all calls `x.requires_grad_(False)`."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and last_name(n.func) == "requires_grad_"]
+    return {call.func for call in calls if [getattr(a, "value", None) for a in call.args] == [False]}
 
 
 def has_no_grad(function, names):
@@ -405,15 +600,20 @@ def check_test_time_training(run):
     return finding
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def inspect_evaluation(code):
     tree = parse_program(code)
-    names, reached = aliases(tree), functions_reached(tree)
-    wrong = [f"no function {name}" for name in EVALUATION_ENTRIES if name not in reached]
-    wrong += sorted({use for nodes in reached.values() for node in nodes for use in gradient_uses(node, names)})
-    if not all(has_no_grad(node, names) for node in reached.get("evaluate", [])):
+    names, reached, harmless = aliases(tree), Program(tree).found, switched_off(tree)
+    named = {node.name for node in reached if isinstance(node, DEFINITIONS)}
+    wrong = [f"no function {name}" for name in EVALUATION_ENTRIES if name not in named]
+    uses = {}  # a line's once; definitions have names, expressions have none
+    for node in sorted(reached, key=lambda node: not hasattr(node, "name")):
+        for line, use in gradient_uses(node, names, harmless):
+            uses.setdefault(line, use)
+    wrong += [f"line {line}: {use}" for line, use in sorted(uses.items())]
+    if not all(has_no_grad(node, names) for node in reached if getattr(node, "name", "") == "evaluate"):
         wrong.append("evaluate is not under torch.no_grad")
-    return wrong, f"evaluate is under no_grad; of {len(reached)} names it can reach none follows gradients"
+    return wrong, f"evaluate is under no_grad; of {len(named)} names it can reach none follows gradients"
 
 
 # -------------------------------------------------------------------------------------------------- all seeds

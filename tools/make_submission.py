@@ -248,10 +248,10 @@ def program_defaults(run):
     """{setting: default} of the program in the log, where its classes of settings give a literal one."""
     defaults = {}
     for node in ast.walk(compliance.parse_program(run.code)):
-        if isinstance(node, ast.ClassDef) and node.name in ("OptionalSettings", "Config"):
+        if isinstance(node, ast.ClassDef) and node.name in ("Settings", "OptionSettings"):
             for field in (n for n in node.body if isinstance(n, ast.AnnAssign) and n.value is not None):
                 value = field.value
-                if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "model_setting":
+                if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "setting":
                     value = value.args[0]
                 try:
                     defaults[field.target.id] = ast.literal_eval(value)

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Pack train_gpt.py into a file of a quarter of its size that does the same: the code counts towards the 16,000,000 bytes.
 
-    pack_code.py train_gpt.py --out packed.py     comments, docstrings and spare blanks out, raw LZMA, base 85, a stub in front
+    pack_code.py train_gpt.py --out packed.py     what only readers need out, raw LZMA, base 85, a stub in front
     pack_code.py --unpack packed.py               print the program inside
 
 The packed file writes its program to a private folder under the temporary directory and runs it from memory under that name,
 since Triton and tracebacks read the source of functions from a file. `__file__` stays the packed file. The same source gives
-the same bytes for one version of liblzma. A program that reads `__doc__` keeps its docstrings.
+the same bytes for one version of liblzma.
+
+Out go comments, spare blanks, docstrings (unless the program reads `__doc__`), annotations of functions and of their variables
+(unless a decorator may read them), and what train_gpt.py's `setting` says in words: --help then has names, defaults and ranges.
 """
 
 import argparse
@@ -58,6 +61,9 @@ PACKED = re.compile(r'^exec\(_program\("([^"\\\n]*)","([0-9a-f]{64})",(\[\{[^\n]
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # Python 3.12 takes f-strings apart (3.14 t-strings, too); here they are copied whole
 STRING_STARTS = {getattr(tokenize, name) for name in ("FSTRING_START", "TSTRING_START") if hasattr(tokenize, name)}
+# these do not look at a function's annotations
+BLIND_DECORATORS = {"staticmethod", "classmethod", "property", "functools.cache", "functools.cached_property", "torch.no_grad()",
+                    "contextlib.contextmanager"}  # fmt: skip
 STRING_ENDS = {getattr(tokenize, name) for name in ("FSTRING_END", "TSTRING_END") if hasattr(tokenize, name)}
 
 
@@ -71,25 +77,106 @@ def needs_pass(node):
     return len(node.body) == 1 and not isinstance(node, ast.Module)
 
 
+def names_and_texts(tree):
+    """Names, attributes and strings of a program: by one of these it would have to ask for what it reads of itself."""
+    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
+    return names | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
 def reads_docstrings(tree):
     """Whether the program may look at a docstring: then they stay."""
-    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
-    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return bool((names | texts) & {"__doc__", "getdoc"})
+    return bool(names_and_texts(tree) & {"__doc__", "getdoc"})
 
 
-def docstring_spans(source, tree):
-    """{first position: (last position, whether `pass` must take its place)}; positions are (line, column) as in tokens."""
+def declares_settings(tree):
+    """Whether `setting` is train_gpt.py's: its second argument and its keywords `group` and `of` are for readers alone."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "setting":
+            keywords = {a.arg: getattr(d, "value", None) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)}
+            return [a.arg for a in node.args.args] == ["default", "meaning"] and keywords.get("group") == keywords.get("of") == ""
+    return False
+
+
+def setting_calls(tree):
+    """Calls of `setting` with a literal meaning, where that function is train_gpt.py's."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in calls if node.func.id == "setting" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant)]
+    return calls if declares_settings(tree) else []
+
+
+def for_readers(call):
+    return [keyword for keyword in call.keywords if keyword.arg in ("group", "of")]
+
+
+def annotated_nodes(tree):
+    """(arguments, functions, assignments) whose annotations nothing reads: not a class's, nor those of a function that a decorator
+    may read (torch's operators, Triton's kernels), nor any of a program that looks at functions' annotations or evaluates them."""
+    late = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" and n.names[0].name == "annotations" for n in tree.body)
+    if not late or names_and_texts(tree) & {"__annotations__", "signature", "getfullargspec"}:
+        return [], [], []
+    arguments, functions, assignments = [], [], []
+    todo = [(child, False) for child in tree.body]
+    while todo:
+        node, inside = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not all(ast.unparse(d) in BLIND_DECORATORS for d in node.decorator_list):
+                continue
+            everything = node.args.posonlyargs + node.args.args + node.args.kwonlyargs + [node.args.vararg, node.args.kwarg]
+            arguments += [a for a in everything if a is not None and a.annotation is not None]
+            functions += [node] if node.returns is not None else []
+        elif inside and isinstance(node, ast.AnnAssign) and node.value is not None and not isinstance(node.target, ast.Subscript):
+            assignments.append(node)
+        inside = not isinstance(node, ast.ClassDef) and (inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
+    return arguments, functions, assignments
+
+
+def inert_spans(source, tree, tokens):
+    """[(start, end, text in its place)] of all that goes, in order; positions are (line, column) as in tokens."""
     lines = [line.encode() for line in source.split("\n")]  # splitlines() would split at form feeds, too
 
     def position(line, column):
         return line, len(lines[line - 1][:column].decode())
 
-    spans = {}
-    for node in documented_nodes(tree):
-        text = node.body[0]
-        spans[position(text.lineno, text.col_offset)] = position(text.end_lineno, text.end_col_offset), needs_pass(node)
-    return spans
+    def start(node):
+        return position(node.lineno, node.col_offset)
+
+    def end(node):
+        return position(node.end_lineno, node.end_col_offset)
+
+    spans = [] if reads_docstrings(tree) else [
+        (start(n.body[0]), end(n.body[0]), "pass" * needs_pass(n)) for n in documented_nodes(tree)]  # fmt: skip
+    commas = [position for _, text, position in tokens if text == ","]
+    arrows = [position for _, text, position in tokens if text == "->"]
+    for call in setting_calls(tree):
+        spans.append((start(call.args[1]), end(call.args[1]), '""'))
+        spans += [(max(c for c in commas if c < start(keyword)), end(keyword), "") for keyword in for_readers(call)]
+    arguments, functions, assignments = annotated_nodes(tree)
+    spans += [(position(a.lineno, a.col_offset + len(a.arg.encode())), end(a), "") for a in arguments]
+    spans += [(max(arrow for arrow in arrows if arrow < start(f.returns)), end(f.returns), "") for f in functions]
+    spans += [(end(node.target), end(node.annotation), "") for node in assignments]
+    return sorted(spans)
+
+
+def without_inert(tree):
+    """The syntax tree without what `inert_spans` names; changes the tree."""
+    for node in [] if reads_docstrings(tree) else documented_nodes(tree):
+        node.body[:1] = [ast.Pass()] * needs_pass(node)
+    for call in setting_calls(tree):
+        call.args[1] = ast.Constant("")
+        call.keywords = [keyword for keyword in call.keywords if keyword not in for_readers(call)]
+    arguments, functions, assignments = annotated_nodes(tree)
+    for argument in arguments:
+        argument.annotation = None
+    for function in functions:
+        function.returns = None
+    plain = {node: ast.Assign([node.target], node.value) for node in assignments}
+
+    class Plain(ast.NodeTransformer):
+        def visit_AnnAssign(self, node):  # noqa: N802
+            return plain.get(node, node)
+
+    return Plain().visit(tree)
 
 
 def merged_tokens(source):
@@ -132,25 +219,23 @@ def join_tokens(texts):
 
 
 def strip_source(source):
-    """The program without comments, docstrings, blank lines and spare blanks; its syntax tree is checked to be the same."""
-    tree = ast.parse(source)
-    spans = {} if reads_docstrings(tree) else docstring_spans(source, tree)
+    """The program without comments, spare blanks and what `inert_spans` names; its syntax tree is checked to be the same else."""
+    tree, tokens = ast.parse(source), list(merged_tokens(source))
+    spans = inert_spans(source, tree, tokens)[::-1]
     lines, line, depth, skipped_to = [], [], 0, (0, 0)
-    for kind, text, position in merged_tokens(source):
+    for kind, text, position in tokens:
         depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
-        if position in spans:
-            skipped_to, needed = spans[position]
-            line += ["pass"] * needed
+        while spans and spans[-1][0] <= position and kind not in LAYOUT:
+            _, skipped_to, instead = spans.pop()
+            line += [instead] * bool(instead)
         if kind == tokenize.NEWLINE:
             lines += [" " * depth + join_tokens(line)] * bool(line)
             line = []
         elif kind not in LAYOUT and position >= skipped_to:
             line.append(text)
     stripped = "\n".join(lines) + "\n"
-    for node in documented_nodes(tree) if spans else []:
-        node.body[:1] = [ast.Pass()] * needs_pass(node)
-    if ast.dump(ast.parse(stripped)) != ast.dump(tree):
-        raise ValueError("the stripped program differs from the source in more than comments and docstrings")
+    if ast.dump(ast.parse(stripped)) != ast.dump(without_inert(tree)):
+        raise ValueError("the stripped program differs from the source in more than comments and what is inert")
     return stripped
 
 

@@ -15,9 +15,11 @@ from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 import train_gpt
 from train_gpt import (
     Config,
-    Fp8Product,
+    Fp8FusedMLP,
+    Fp8Linear,
     FusedMLP,
     NormedMatmul,
+    Ops,
     TernaryLinear,
     Tiles,
     UserError,
@@ -72,14 +74,15 @@ def test_layers_compute_with_exact_weights_and_rounded_inputs():
 
 def test_no_input_can_overflow_and_gradients_saturate():
     """The largest element of a normalized row is that of a one-hot row: sqrt(width), in either precision."""
+    config = Config(bitnet_group_size=16)
     for width in (16, 64, 512, 768, 784, 3072, 4096):
-        scale = Fp8Product(width, Config()).scales[0]
+        scale = Fp8Linear(width, 16, config).scales[0]
         one_hot = torch.nn.functional.one_hot(torch.tensor(3), width)[None]
         for dtype in (torch.float32, torch.bfloat16):
             largest = (rms_norm(one_hot.to(dtype) * 1e3).float() * scale).max().item()
             assert 224 / math.sqrt(1.01) <= largest <= 448 * (1.005 if width == 784 else 1), width  # 28 * 16 = 448 itself
             assert to_fp8(rms_norm(one_hot.to(dtype) * 1e3), scale).float().isfinite().all()
-    assert (Fp8Product(768, Config()).scales[0], Fp8Product(3072, Config()).scales[0]) == (16, 8)
+    assert [Fp8Linear(width, 16, config).scales[0] for width in (768, 3072)] == [16, 8]
     assert to_fp8(torch.tensor([1e9, -1e9]), 1.0, torch.float8_e5m2).tolist() == [57344, -57344]
     assert to_fp8(torch.tensor([math.nan]), 1.0).isnan().all()  # what diverged is seen
 
@@ -110,7 +113,7 @@ def test_a_training_step_renews_the_kept_operands():
         before = model.blocks[1].mlp.up.rounded()
         step.take(x, y)
         for layer in (m for m in model.modules() if isinstance(m, TernaryLinear)):
-            codes, codes_t, scale, _ = layer.product.weight(layer, torch.float32)
+            codes, codes_t, scale, _ = layer.eight_bit(torch.float32)
             assert torch.equal(codes.float() * scale, layer.rounded()) and torch.equal(codes_t.float().T, codes.float())
         assert not torch.equal(before, model.blocks[1].mlp.up.rounded())
 
@@ -147,7 +150,7 @@ def test_an_old_gpu_is_refused(monkeypatch):
 def kernels(monkeypatch):
     """Kernels compute for every tensor, on the CPU (in Triton's interpreter) and in 32 bits too, in tiles smaller than the tests' sizes."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
+    monkeypatch.setattr(train_gpt, "kernels_run", lambda *_: True)
     monkeypatch.setattr(train_gpt, "TILES", [Tiles(32, 64, 128, 4, 2, True)])
     monkeypatch.setattr(train_gpt, "TUNED", {})
     from triton.runtime import interpreter
@@ -209,13 +212,11 @@ def test_a_model_computes_the_same_through_the_fused_mlp(act_quant, monkeypatch)
     """Loss and all gradients of a whole model, plain and fused, eager and as one graph; a block calls the kernel once."""
     results, calls, launched = {}, [], train_gpt.relu2_product
     monkeypatch.setattr(train_gpt, "relu2_product", lambda *a: calls.append(1) or launched(*a))
-    monkeypatch.setattr(train_gpt, "fused_loss", lambda *_: None)
     graph = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
     for form, function in (("plain", training_loss), ("fused", training_loss), ("graph", graph)):
         model = tiny_model(softcap_type="tanh", num_layers=1, act_quant=act_quant)
-        monkeypatch.setattr(train_gpt, "kernels_run", lambda x, form=form: form != "plain" and x.size(-1) == 64)
-        x, y = batch(model)
-        loss, _ = function(model, x, y, 1e-4)
+        model.use(Ops() if form == "plain" else Ops(mlp=train_gpt.fused_mlp))
+        loss, _ = function(model, *batch(model), 1e-4)
         (loss / 256).backward()
         results[form] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.numel()}}
         assert form == "graph" or len(calls) == (form == "fused")
@@ -232,14 +233,14 @@ def test_a_model_computes_the_same_through_the_fused_mlp(act_quant, monkeypatch)
 def test_fused_mlp_in_eight_bits_against_operands_rounded_one_by_one():
     """Forward and every gradient, each operand rounded by PyTorch; and h cannot overflow, whatever the input's direction."""
     mlp = tiny_model(act_quant="fp8", num_layers=1, mlp_mult=3).blocks[0].mlp
-    g_scale = mlp.up.product.scales[1]
+    g_scale = mlp.up.scales[1]
     up, down = (layer.rounded().double() for layer in (mlp.up, mlp.down))
     towards = torch.randn(40, 64)
     towards[:20] = mlp.up.rounded()[:20]  # inputs along a row of `up` make its output as large as it can be
     x = rms_norm(towards).to(DTYPE)
     g = (torch.randn(40, 64) / g_scale).to(DTYPE)
     mlp, inputs = mlp.to(DEVICE), x.to(DEVICE).requires_grad_()
-    y = train_gpt.fused_mlp(inputs[None], mlp)[0]
+    y = train_gpt.fused_mlp(inputs[None], mlp.up, mlp.down)[0]
     y.backward(g.to(DEVICE))
     up_grad, down_grad = mlp.up.weight.grad, mlp.down.weight.grad
     e4m3 = lambda t, scale: (t * scale).float().to(torch.float8_e4m3fn).double() / scale
@@ -258,16 +259,34 @@ def test_fused_mlp_in_eight_bits_against_operands_rounded_one_by_one():
     close(down_grad, (rho * g).T @ h)
 
 
+# settings -> the function that computes the MLP; None: the two matrices, one after the other
+COVERED = [
+    ({}, FusedMLP), ({"act_quant": "fp8"}, Fp8FusedMLP), ({"mlp_groups": 2}, FusedMLP), ({"scale_group": "row"}, FusedMLP),
+    ({"precision": "fp16"}, None), ({"activation": "relu"}, None), ({"activation": "swiglu"}, None),
+    ({"input_norm": "all"}, None), ({"input_norm": "none"}, None), ({"act_quant": "int8"}, None), ({"weight_quant": "none"}, None),
+    ({"weight_quant": "binary"}, FusedMLP), ({"model_dim": 48, "mlp_hidden": 52, "bitnet_group_size": 4}, None),
+]  # fmt: skip
+
+
+@on_the_cpu
 @pytest.mark.usefixtures("kernels")
-def test_what_the_fused_mlp_does_not_cover_runs_plainly():
-    x = torch.randn(2, 64)
-    for settings in ({"activation": "relu"}, {"activation": "swiglu"}):
-        assert not train_gpt.mlp_fuses(x, tiny_model(num_layers=1, **settings).blocks[0].mlp), settings
-    assert train_gpt.mlp_fuses(x, tiny_model(num_layers=1, act_quant="fp8").blocks[0].mlp)
-    mlp = tiny_model(num_layers=1).blocks[0].mlp
-    assert train_gpt.mlp_fuses(x, mlp) and not train_gpt.mlp_fuses(x.half(), mlp)
-    mlp.down.prepare = torch.nn.ReLU()
-    assert not train_gpt.mlp_fuses(x, mlp)
+@pytest.mark.parametrize(("settings", "expected"), COVERED)
+def test_where_the_mlp_is_fused(settings, expected, monkeypatch):
+    """Where nothing else happens to the two matrices' inputs; what is not fused computes as plainly."""
+    calls, model = [], tiny_model(num_layers=1, **settings)
+    for kind in (FusedMLP, Fp8FusedMLP):
+        monkeypatch.setattr(kind, "apply", lambda *a, kind=kind, apply=kind.apply: calls.append(kind) or apply(*a))
+    x = torch.randn(2, 3, model.cfg.model_dim).to(train_gpt.compute_dtype(model.cfg.precision, torch.device("cpu")))
+    mlp = model.use(Ops()).blocks[0].mlp
+    plain = mlp(x)
+    assert not calls
+    model.use(train_gpt.kernel_ops(model.cfg, Ops()))
+    fused = mlp(x)
+    assert set(calls) == ({expected} if expected else set())
+    if expected is None:
+        assert torch.equal(fused, plain)
+    else:
+        assert torch.nn.functional.cosine_similarity(fused.flatten().float(), plain.flatten().float(), 0) > 0.99
 
 
 def test_the_fastest_tiles_that_run_are_kept(monkeypatch):
@@ -304,7 +323,7 @@ def test_the_table_of_shapes_decides_who_computes_weight_gradients(monkeypatch):
     calls, launched = [], train_gpt.split_weight_gradient
     monkeypatch.setattr(train_gpt, "split_weight_gradient", lambda *a: calls.append(a[2]) or launched(*a))
     monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {(64, 128): 2})
-    model = tiny_model(num_layers=1)
+    model = tiny_model(num_layers=1)  # computes through fast_ops; the plain operations leave gradients to PyTorch
     x, y = batch(model, 2)
     training_loss(model, x, y, 0.0)[0].backward()
     assert calls == [2]  # that of `down`

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import math
 import re
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY, launch, tiny_config, write_shard
+from conftest import ROOT, TINY, launch, write_shard
 
 import train_gpt
 
@@ -27,6 +26,24 @@ def environment(data_dir, **settings):
     return TINY | {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")} | {k.upper(): str(v) for k, v in settings.items()}
 
 
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """The script's `run` in this process and an empty folder, where a new process each would cost seconds: (exit code, out, err)."""
+
+    def run(env: dict[str, str]) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with monkeypatch.context() as m:
+            m.chdir(tmp_path)
+            for name in (f.name.upper() for f in dataclasses.fields(train_gpt.Config)):
+                m.delenv(name, raising=False)
+            for name, text in env.items():
+                m.setenv(name, text)
+            code = train_gpt.run([])
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def result_of(output: str) -> dict:
     *_, last = output.strip().splitlines()
     assert last.startswith("result ")
@@ -35,9 +52,9 @@ def result_of(output: str) -> dict:
 
 @pytest.fixture(scope="module")
 def one_process(data_dir, tmp_path_factory):
-    """A whole run on one process: (its folder, its result)."""
+    """A whole run on one process, with validation on the way: (its folder, its result)."""
     folder = tmp_path_factory.mktemp("one")
-    done = launch(environment(data_dir, run_id="one"), folder)
+    done = launch(environment(data_dir, run_id="one", val_loss_every=8), folder)
     assert done.returncode == 0, done.stderr
     return folder, result_of(done.stdout)
 
@@ -69,6 +86,7 @@ def test_the_log_is_a_complete_record_in_the_published_grammar(one_process):
         r"startup:[1-9]\d*ms",
         r"params:\d+ L:3 d:64 h:4 kv:2 ws:1 ga:2 s:7",
         r"step:20/24 loss:\d+\.\d{4} t:\d+ms avg:\d+\.\dms",
+        r"step:16/24 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
         r"step:24/24 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms zero_frac:0\.\d{3}",
         r"artifact:\d+\.\d\dMB ternary:\d+\(\d+B\) fp:\d+\(\d+B\) code:\d+.*",
         r"budget:\d+/16000000 \(\d+\.\d\d/16\.00MB\) FITS",
@@ -76,6 +94,7 @@ def test_the_log_is_a_complete_record_in_the_published_grammar(one_process):
         r"final_sliding val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} \(stride=8, T=\d\.\d\d\) eval_time:\d+ms",
     ):
         assert re.search(f"^{pattern}$", log, re.M), pattern
+    assert len(re.findall(r"^step:\d+/24 val_loss:", log, re.M)) == 3
     assert result_of(log) == result
 
 
@@ -86,11 +105,12 @@ def test_golden_first_losses(one_process):
     assert len(GOLDEN_LOSSES) == 10
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(one_process, data_dir, tmp_path):
-    folder, result = one_process
-    again = result_of(launch(environment(data_dir, run_id="again", sliding_eval=0), tmp_path).stdout)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(one_process, data_dir, run_here):
+    """In another process, and without validation on the way."""
+    _, result = one_process
+    again = result_of(run_here(environment(data_dir, run_id="again", sliding_eval=0))[1])
     assert again["artifact_sha256"] == result["artifact_sha256"] and again["first_losses"] == result["first_losses"]
-    other = result_of(launch(environment(data_dir, run_id="other", seed=8, sliding_eval=0), tmp_path).stdout)
+    other = result_of(run_here(environment(data_dir, run_id="other", seed=8, sliding_eval=0))[1])
     assert other["artifact_sha256"] != result["artifact_sha256"]
     assert other["sliding_val_bpb"] is None
 
@@ -173,97 +193,62 @@ ERRORS = {
     "unwritable": (lambda data, _: {"artifact_path": data / "tokenizer.model" / "x.ptz"}, "expected a file that can be written"),
     "rank": (lambda *_: {"rank": "x"}, "RANK='x' WORLD_SIZE='1': expected what torchrun sets"),
     "world": (lambda *_: {"world_size": 0}, "expected what torchrun sets, or nothing"),
-    "no torchrun": (lambda *_: {"world_size": 2, "rank": 0}, "start them with torchrun"),
-    "seed": (lambda *_: {"seed": 2**64}, "SEED=18446744073709551616: expected at most"),
+    "no torchrun": (lambda *_: {"world_size": 2, "rank": 0}, "processes cannot join"),
+    "seed": (lambda *_: {"seed": 2**64}, "SEED=18446744073709551616: expected 0 to"),
+    "clock": (lambda *_: {"max_wallclock_seconds": 1e-9}, "MAX_WALLCLOCK_SECONDS=1e-09: expected 0 (no cap), or more than"),
     "divergence": (lambda *_: {"matrix_lr": 1e30, "tied_embed_lr": 1e30}, "training diverged"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_of_the_users_is_one_line_and_exit_code_2(name, data_dir, tmp_path):
+def test_an_error_of_the_users_is_one_line_and_exit_code_2(name, data_dir, tmp_path, run_here):
     settings, expected = ERRORS[name]
     earlier = tmp_path / "final_model.ternary.ptz"
     earlier.write_bytes(b"an earlier artifact")
-    done = launch(environment(data_dir, **{"iterations": 6, "sliding_eval": 0} | settings(data_dir, tmp_path)), tmp_path)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert lines[-1].startswith("train_gpt.py: ") and expected in lines[-1]
-    assert "Traceback" not in done.stderr and "result {" not in done.stdout
+    code, out, err = run_here(environment(data_dir, **{"iterations": 6, "sliding_eval": 0} | settings(data_dir, tmp_path)))
+    assert code == 2 and err.startswith("train_gpt.py: ") and expected in err and err.count("\n") == 1
+    assert "result {" not in out
     assert earlier.read_bytes() == b"an earlier artifact"
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".partial")]
 
 
-UNDER_TORCHRUN = [({"train_batch_tokens": 96}, "WORLD_SIZE=2 must divide the 3 sequences"), ({"num_layrs": 3}, "did you mean NUM_LAYERS?")]
+def test_the_process_ends_with_the_line_and_the_code(data_dir, tmp_path):
+    done = launch(environment(data_dir, num_heads=3), tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train_gpt.py: MODEL_DIM=64: expected a multiple of NUM_HEADS=3\n"
 
 
-@pytest.mark.parametrize(("settings", "expected"), UNDER_TORCHRUN)
-def test_under_torchrun_the_line_is_printed_once(settings, expected, data_dir, tmp_path):
-    done = launch(environment(data_dir, **settings), tmp_path, processes=2)
+def test_under_torchrun_the_line_is_printed_once(data_dir, tmp_path, run_here, monkeypatch):
+    """Before the processes join, and after: there, a batch of the schedule that two cannot share, though the first one's they can."""
+    monkeypatch.setattr(train_gpt.time, "sleep", lambda _: None)
+    found = [run_here(environment(data_dir, num_layrs=3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [code for code, *_ in found] == [2, 2] and found[1][2] == "" and found[0][2].count("did you mean NUM_LAYERS?") == 1
+    done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count(expected) == 1
+    assert done.stderr.count("WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)") == 1
 
 
-def test_the_wall_clock_ends_a_run_before_the_cap(data_dir, tmp_path):
-    done = launch(environment(data_dir, max_wallclock_seconds=3, iterations=100000, sliding_eval=0, run_id="clock"), tmp_path)
-    result = result_of(done.stdout)
-    assert "stopping_early: wallclock_cap" in done.stdout
-    assert 2 < result["train_time_s"] < 4 and result["steps"] < 100000  # a step may be under way at the end
+def test_the_wall_clock_ends_a_run_before_the_cap(data_dir, run_here):
+    code, out, _ = run_here(environment(data_dir, max_wallclock_seconds=2, iterations=100000, sliding_eval=0, run_id="clock"))
+    result = result_of(out)
+    assert code == 0 and "stopping_early: wallclock_cap" in out
+    assert 1 < result["train_time_s"] < 3 and result["steps"] < 100000  # a step may be under way at the end
     assert result["steps"] * result["ms_per_step"] == pytest.approx(1000 * result["train_time_s"])
 
 
-def test_an_earlier_log_is_kept(tmp_path):
-    cfg = train_gpt.Config(run_id="x")
-    for _ in range(3):
-        train_gpt.Log(cfg, train_gpt.World(), folder=str(tmp_path))("line")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.1.txt", "x.2.txt", "x.txt"]
+def test_epochs_are_announced(data_dir, run_here):
+    code, out, _ = run_here(environment(data_dir, iterations=20, train_batch_tokens=2048, sliding_eval=0, temp_scaling=0))
+    assert code == 0 and re.search(r"^epoch:2 begins at step:\d+ ", out, re.M), out
 
 
-def test_epochs_are_announced(data_dir, tmp_path):
-    done = launch(environment(data_dir, iterations=40, train_batch_tokens=1024, sliding_eval=0), tmp_path)
-    assert re.search(r"^epoch:2 begins at step:\d+ ", done.stdout, re.M), done.stdout
-
-
-def test_validation_on_the_way_is_outside_the_clock(data_dir, tmp_path):
-    done = launch(environment(data_dir, val_loss_every=8, sliding_eval=0), tmp_path)
-    assert len(re.findall(r"^step:(?:8|16)/24 val_loss:", done.stdout, re.M)) == 2
-    clock = train_gpt.Clock(train_gpt.World())
-    with clock.paused():
-        torch.randn(2000, 2000) @ torch.randn(2000, 2000)
-    assert clock.elapsed() < 0.05
-
-
-def test_the_published_command_runs_with_a_smaller_size(data_dir, tmp_path):
+def test_the_published_command_runs_with_a_smaller_size(data_dir, tmp_path, run_here):
     """#640's README command, all 68 settings, with file name, paths and sizes exchanged."""
     from test_config import settings_640
 
     smaller = {k: TINY[k] for k in ("VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "BITNET_GROUP_SIZE", "EMBED_DIM",
                                     "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS")}  # fmt: skip
     env = settings_640() | smaller | {"ITERATIONS": "4", "DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
-    done = launch(env | {"OMP_NUM_THREADS": "1"}, tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = result_of(done.stdout)
+    code, out, err = run_here(env | {"OMP_NUM_THREADS": "1"})
+    assert code == 0, err
+    result = result_of(out)
     assert result["run_id"] == "ternary_run" and result["stride"] == 16 and (tmp_path / "logs/ternary_run.txt").exists()
-
-
-def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
-    """Every compiled function of a run, with validation on the way, as on a GPU but for the backend."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    def compiled(function, *_):
-        return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
-
-    monkeypatch.setattr(train_gpt, "compiled", functools.cache(compiled))
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
-    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2)
-    model, world, lines = train_gpt.GPT(cfg), train_gpt.World(), []
-    log = lambda line, console=True: lines.append(line)  # noqa: ARG005
-    log.progress = lambda text: None  # noqa: ARG005
-    run = train_gpt.train(model, cfg, world, log, train_gpt.ValidationSet.load(cfg, world))
-    assert run["late_graphs"] == 0 and len(graphs) > 8
-    assert sum(re.fullmatch(r"startup:[1-9]\d*ms", line) is not None for line in lines) == 1
-    torch._dynamo.reset()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch, tiny_model
+from conftest import ROOT, launch, tiny_config, tiny_model
 
 import train_gpt
-from train_gpt import SOFTCAPS, ChunkedPolyLoss, FusedLoss, QKNormRope, fused_loss, rms_norm, token_nats, training_loss
+from train_gpt import SOFTCAPS, FusedLoss, Ops, QKNormRope, fast_ops, rms_norm, token_nats, training_loss
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:overflow")  # of the interpreter's numpy
@@ -22,14 +23,103 @@ def relative_errors(ours, theirs):
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)]
 
 
-@pytest.mark.parametrize(("is_cuda", "size", "major", "runs"), [(1, 2, 9, True), (1, 2, 10, True), (1, 2, 8, False), (1, 4, 9, False), (0, 2, 9, False)])
-def test_where_kernels_run(monkeypatch, is_cuda, size, major, runs):
+# ------------------------------------------------------------------------------------------------ what a machine computes with
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(major)`: from now on PyTorch says that there is a GPU of this compute capability."""
+
+    def become(major):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=major, multi_processor_count=4))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: major >= 8)
+        train_gpt.kernels_run.cache_clear()
+        return torch.device("cuda")
+
+    yield become
+    train_gpt.kernels_run.cache_clear()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "major", "runs"), [
+    ("cuda", torch.bfloat16, 9, True), ("cuda", torch.float16, 10, True), ("cuda", torch.bfloat16, 8, False),
+    ("cuda", torch.float32, 9, False), ("cpu", torch.bfloat16, 9, False),
+])  # fmt: skip
+def test_where_kernels_run(gpu, monkeypatch, kind, dtype, major, runs):
     """16 bits on Hopper or newer; nowhere without Triton."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
-    x = SimpleNamespace(is_cuda=bool(is_cuda), element_size=lambda: size, device="cuda:0")
-    assert train_gpt.kernels_run(x) is runs
+    gpu(major)
+    assert train_gpt.kernels_run(torch.device(kind), dtype) is runs
+    train_gpt.kernels_run.cache_clear()
     monkeypatch.setattr(train_gpt, "triton", None)
-    assert not train_gpt.kernels_run(x)
+    assert not train_gpt.kernels_run(torch.device(kind), dtype)
+
+
+def exchanged(cfg, device):
+    """{operation: the name of what fast_ops takes for it} of all operations that are not the plain ones."""
+    found = {name: (f, plain) for (name, f), plain in zip(fast_ops(cfg, device)._asdict().items(), Ops(), strict=True)}
+    # `apply` of an autograd function knows its class alone
+    return {name: getattr(f, "__self__", f).__name__ for name, (f, plain) in found.items() if f is not plain}
+
+
+STORED = {"matmul": "StoredMatmul", "normed_matmul": "normed_stored_matmul", "lookup": "StoredLookup"}
+FOLDED = STORED | {"normed_matmul": "NormedMatmul"}
+KERNELS = {"qk_norm_rope": "QKNormRope", "mlp": "fused_mlp"}
+FUSED = KERNELS | {"loss": "fused_loss"}
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, {"loss": "chunked_loss"}),
+    ({"softcap_type": "tanh"}, {}),
+    ({"precision": "bf16"}, {}),
+    ({"logit_softcap": 60}, {"loss": "chunked_loss"}),
+    ({"logit_softcap": 61}, {}),  # logits whose exponential might overflow
+    ({"logit_head_type": "tversky"}, {}),  # no table to multiply with
+])  # fmt: skip
+def test_what_a_cpu_computes_with(settings, expected):
+    assert exchanged(tiny_config(**settings), torch.device("cpu")) == STORED | expected
+
+
+@pytest.mark.parametrize(("major", "settings", "expected"), [
+    (9, {}, FOLDED | FUSED),
+    (10, {}, FOLDED | FUSED),
+    (8, {}, FOLDED),
+    (9, {"precision": "fp32"}, FOLDED),
+    (9, {"precision": "fp16"}, STORED | FUSED),  # whose 65504 might not hold a product before its norm
+    (9, {"vocab_size": 16_384}, FOLDED | FUSED),
+    (9, {"vocab_size": 16_385}, FOLDED | KERNELS),  # a row of logits in a program's registers
+    (9, {"softcap_type": "tanh"}, FOLDED | FUSED),
+    (9, {"logit_softcap": 61}, FOLDED | KERNELS),
+    (9, {"logit_head_type": "tversky"}, FOLDED | KERNELS),
+])  # fmt: skip
+def test_what_a_gpu_computes_with(gpu, monkeypatch, major, settings, expected):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # not installed
+    cfg, device = tiny_config(**settings), gpu(major)
+    assert exchanged(cfg, device) == expected
+    train_gpt.kernels_run.cache_clear()
+    monkeypatch.setattr(train_gpt, "triton", None)
+    assert exchanged(cfg, device) == {name: f for name, f in expected.items() if name in STORED}
+
+
+def test_flash_attention_runs_where_it_is_installed_and_can(gpu, monkeypatch):
+    """Hopper, 16 bits, head sizes of a multiple of 8 up to 256; a window has the query's own position in it."""
+    calls = []
+
+    def flash_attn_func(q, k, v, **settings):  # noqa: ARG001
+        calls.append(settings)
+        return (q + 1, "log-sum-exp") if len(calls) == 1 else q + 1
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    q = torch.zeros(1, 2, 4, 16)
+    for settings in ({}, {"attention_window": 8}):
+        ops = fast_ops(tiny_config(**settings), gpu(9))
+        assert exchanged(tiny_config(**settings), torch.device("cuda")) == FOLDED | FUSED | {"attend": "flash"}
+        assert torch.equal(ops.attend(q, q, q), q + 1)
+    assert calls == [{"causal": True, "window_size": (-1, -1)}, {"causal": True, "window_size": (7, 0)}]
+    sizes = {"num_heads": 16}, {"model_dim": 1056}, {"diff_attn": 1, "num_heads": 8}  # heads of 4, 264, and 8 in two halves
+    for major, settings in ((10, {}), (8, {}), (9, {"precision": "fp32"}), *((9, size) for size in sizes)):
+        assert fast_ops(tiny_config(**settings), gpu(major)).attend is train_gpt.attend, settings
+    assert fast_ops(tiny_config(), torch.device("cpu")).attend is train_gpt.attend
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -116,52 +206,34 @@ def test_extreme_and_broken_logits(kind):
     assert fused(*inputs, 5.0, 1e-4, kind)[0].isnan()
 
 
-def chosen_loss(model):
-    h = torch.randn(1, 4, model.cfg.model_dim)
-    found = fused_loss(model, h, torch.zeros(1, 4, dtype=torch.long), 0.0)
-    return found and found[0].grad_fn.name()
-
-
-def test_which_loss_computes(monkeypatch):
-    """The kernel where it runs, chunks for a CPU's poly softcap, else neither; none for logits whose exponential overflows."""
-    monkeypatch.setattr(train_gpt, "loss_and_gradients", lambda e, table, bias, *_: (bias.sum(), bias.max(), e, table, bias))
-    cases = [({}, ChunkedPolyLoss, FusedLoss), ({"softcap_type": "tanh"}, None, FusedLoss), ({"logit_softcap": 61}, None, None),
-             ({"softcap_type": "tanh", "vocab_size": 16385}, None, None)]  # fmt: skip
-    for settings, without, with_kernels in cases:
-        model = tiny_model(**settings)
-        for runs, function in ((False, without), (True, with_kernels)):
-            monkeypatch.setattr(train_gpt, "kernels_run", lambda _, runs=runs: runs)
-            assert chosen_loss(model) == (function and f"{function.__name__}Backward"), (settings, runs)
-
-
 # ------------------------------------------------------------------------------------------------ queries and keys
 
 
-def plain_qkv(qkv, cos, sin, gain):
+def plain_qkv(qkv, gain, cos, sin):
     """q, k and v by definition: each head over its RMS, its halves rotated as the parts of a complex number, queries times gain."""
     heads = len(gain)
     kv_heads = (qkv.size(2) - heads) // 2
     q, k, v = rms_norm(qkv[:, :, :heads]), rms_norm(qkv[:, :, heads:-kv_heads]), qkv[:, :, -kv_heads:]
-    turn = torch.complex(cos, -sin)[: qkv.size(1), None]  # (T, 1, C/2)
+    turn = torch.complex(cos, -sin)[: qkv.size(1)]  # (T, 1, C/2)
     rotate = lambda x: torch.cat(torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).unbind(-1), -1)
     return rotate(q) * gain[:, None], rotate(k), v
 
 
 def qkv_inputs(batch, length, heads, kv_heads, width, dtype=torch.float32):
-    """qkv, cos and sin of more positions than there are, gain; and gradients of q, k and v, each laid out in another way."""
+    """qkv, gain, cos and sin of more positions than there are; and gradients of q, k and v, each laid out in another way."""
     torch.manual_seed(0)
     qkv = torch.randn(batch, length, heads + 2 * kv_heads, width, device=DEVICE).to(dtype) * 3
-    angle = torch.rand(length + 3, width // 2, device=DEVICE) * 6
+    angle = torch.rand(length + 3, 1, width // 2, device=DEVICE) * 6
     layouts = (batch, heads, length, width), (batch, length, kv_heads, width), (kv_heads, length, batch, width)
     dq, dk, dv = (torch.randn(shape, device=DEVICE).to(dtype) for shape in layouts)
     incoming = [dq.transpose(1, 2), dk, dv.transpose(0, 2)]
-    return (qkv, angle.cos(), angle.sin(), torch.rand(heads, device=DEVICE) * 3), incoming
+    return (qkv, torch.rand(heads, device=DEVICE) * 3, angle.cos(), angle.sin()), incoming
 
 
 def with_gradients(function, inputs, incoming):
     """q, k, v and the gradients of qkv and gain."""
-    qkv, gain = (inputs[i].clone().requires_grad_() for i in (0, 3))
-    outputs = function(qkv, *inputs[1:3], gain)
+    qkv, gain = (t.clone().requires_grad_() for t in inputs[:2])
+    outputs = function(qkv, gain, *inputs[2:])
     return *outputs, *torch.autograd.grad(outputs, (qkv, gain), incoming)
 
 
@@ -173,7 +245,9 @@ def test_queries_and_keys_and_their_gradients(dtype, tolerance):
         ours = with_gradients(QKNormRope.apply, inputs, incoming)
         assert {t.dtype for t in ours[:4]} == {dtype} and ours[4].dtype == torch.float32
         assert ours[2].data_ptr() != ours[1].data_ptr() and not ours[2].is_contiguous()  # v is a view of qkv
-        theirs = with_gradients(plain_qkv, [t.double() for t in inputs], [t.double() for t in incoming])
+        exact = [t.double() for t in inputs], [t.double() for t in incoming]
+        theirs = with_gradients(plain_qkv, *exact)
+        assert max(relative_errors(with_gradients(train_gpt.qk_norm_rope, *exact), theirs)) < 1e-12
         errors = relative_errors(ours, theirs)
         assert errors[2] == 0 and max(errors) < tolerance, (shape, errors)
 
@@ -186,8 +260,8 @@ def test_layouts_of_queries_and_keys_do_not_matter():
     wide[..., ::2] = inputs[0]
     expanded = [torch.tensor(0.3, device=DEVICE).expand_as(g) for g in incoming]
     for layout in (inputs[0], wide[..., ::2], inputs[0].transpose(0, 1).contiguous().transpose(0, 1)):
-        qkv, gain = layout.detach().requires_grad_(), inputs[3].clone().requires_grad_()
-        outputs = QKNormRope.apply(qkv, *inputs[1:3], gain)
+        qkv, gain = layout.detach().requires_grad_(), inputs[1].clone().requires_grad_()
+        outputs = QKNormRope.apply(qkv, gain, *inputs[2:])
         for a, b in zip((*outputs, *torch.autograd.grad(outputs, (qkv, gain), expanded)), expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -223,6 +297,11 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path):
 # ------------------------------------------------------------------------------------------------ a whole model
 
 
+def with_kernels(model):
+    """The model as it computes on a GPU that runs them."""
+    return model.use(train_gpt.kernel_ops(model.cfg, fast_ops(model.cfg, torch.device(DEVICE))))
+
+
 def gradients(function, model, x, y):
     loss, nats = function(model, x, y, 1e-2)
     return loss, nats, *torch.autograd.grad(loss, list(model.parameters()))
@@ -230,22 +309,42 @@ def gradients(function, model, x, y):
 
 @pytest.mark.parametrize("kind", ["poly", "tanh"])
 def test_a_model_trains_through_kernels_as_without(kind, monkeypatch):
-    """Loss and every parameter's gradient."""
-    model = tiny_model(softcap_type=kind, logit_softcap=2).to(DEVICE)
+    """Loss and every parameter's gradient, against the plain operations; a GPU's kernels multiply float32 in fewer bits."""
+    tolerance = 1e-4 if DEVICE == "cpu" else 2e-2
+    model = tiny_model(softcap_type=kind, logit_softcap=2, precision="fp32").to(DEVICE)
     torch.manual_seed(0)
     x = torch.randint(320, (2, 32), device=DEVICE)
     y = x.roll(-1, 1)
-    theirs = [t.double() for t in gradients(training_loss, model, x, y)]
     calls = counted(monkeypatch, "loss_and_gradients", "normed_rotated", "normed_rotated_backward")
-    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
-    assert max(errors := relative_errors(gradients(training_loss, model, x, y), theirs)) < 1e-4, errors
+    theirs = [t.double() for t in gradients(training_loss, model.use(Ops()), x, y)]
+    assert not any(calls.values())
+    assert max(errors := relative_errors(gradients(training_loss, with_kernels(model), x, y), theirs)) < tolerance, errors
     assert calls == {"loss_and_gradients": 1, "normed_rotated": 3, "normed_rotated_backward": 3}
 
 
-def test_kernels_enter_a_compiled_graph_whole(monkeypatch):
+# what gives the kernels other angles, heads, layouts of gradients or tables than the default
+OTHERS = [
+    {"position": "none"}, {"position": "radial"}, {"rope_type": "rope", "ntk_rope": 1}, {"diff_attn": 1}, {"xsa_last_n": 1}, {"attention_window": 8},
+    {"tie_embeddings": 0}, {"tie_embeddings": 2, "qkv_split": 1}, {"untie_at_fraction": 0.5, "warmup_steps": 0},
+]  # fmt: skip
+
+
+def test_options_train_through_kernels_as_without():
+    """Loss and gradients at half the length of a training sequence, where NTK_ROPE has angles of its own."""
+    x = torch.randint(320, (1, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for settings in OTHERS:
+        model, found = tiny_model(num_layers=1, precision="fp32", **settings).to(DEVICE), []
+        for use in (lambda model: model.use(Ops()), with_kernels):
+            loss, _ = training_loss(use(model), x, x, 1e-2)
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+            found.append([loss, *(g for g in grads if g.any())])  # before a head is untied, it has no gradient
+        errors = relative_errors(found[1], [t.double() for t in found[0]])
+        assert max(errors) < (1e-4 if DEVICE == "cpu" else 2e-2), (settings, errors)
+
+
+def test_kernels_enter_a_compiled_graph_whole():
     """Static shapes, one graph, as on a GPU; the same gradients as without a graph."""
-    monkeypatch.setattr(train_gpt, "kernels_run", lambda _: True)
-    model = tiny_model(num_layers=2).to(DEVICE)
+    model = with_kernels(tiny_model(num_layers=2).to(DEVICE))
     x = torch.randint(320, (2, 32), device=DEVICE)
     compiled = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
     for ours, theirs in zip(*(gradients(function, model, x, x) for function in (compiled, training_loss)), strict=True):

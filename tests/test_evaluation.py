@@ -11,7 +11,18 @@ from conftest import tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import ByteTable, TokenStream, ValidationSet, World, attend, banded, calibrate_temperature, evaluate, window_plan
+from train_gpt import (
+    ByteTable,
+    Ops,
+    TokenStream,
+    ValidationSet,
+    World,
+    attend,
+    attend_band,
+    calibrate_temperature,
+    evaluate,
+    window_plan,
+)
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 40))
@@ -168,8 +179,8 @@ def dense_band(window):
 def test_banded_attention_sees_the_window_before_each_token(length, queries):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, queries, 4, 6), torch.randn(2, length, 2, 6), torch.randn(2, length, 2, 6)
-    torch.testing.assert_close(banded(attend, 8)(q, k, v), dense_band(8)(q, k, v), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(banded(attend, 0)(q, k, v), dense_band(length)(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend_band(q, k, v, 8), dense_band(8)(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(q, k, v), dense_band(length)(q, k, v), rtol=1e-5, atol=1e-5)
 
 
 def test_a_banded_model_is_scored_in_one_pass_over_long_rows():
@@ -178,8 +189,7 @@ def test_a_banded_model_is_scored_in_one_pass_over_long_rows():
     cfg, val = model.cfg, ValidationSet(torch.randint(320, (300,)), num_bytes=777)
     assert (cfg.score_window, cfg.score_stride) == (128, 120)
     score, _ = evaluate(model, val, cfg, World(), cfg.score_stride)
-    for block in model.blocks:
-        block.attention.attend = dense_band(8)
+    model.use(Ops(attend=dense_band(8)))
     nats, x, y = [], val.tokens[:-1], val.tokens[1:]
     for start, first, end in ((0, 0, 128), (120, 128, 248), (171, 248, 299)):
         with torch.no_grad():

@@ -1,0 +1,319 @@
+"""bench/arms.py: what its arms set, which runs it repeats, what its table computes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import arms
+import pytest
+from conftest import ROOT, TINY
+
+from train_gpt import Config
+
+
+def settings_of(command: str, **more: object) -> dict[str, dict[str, str]]:
+    """Arm -> settings of a run, as the command line makes them."""
+    args = arms.parse_arguments(command.split())
+    chosen = arms.arms_of(args)
+    return {name: arms.arm_settings(arm, arms.plan_of(args)._replace(**more), Config) for name, arm in chosen.items()}
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("command", [
+    "systems --seconds 150", "systems --seconds 120 --full", "systems --tokens 900000", "switches --steps 400",
+    "band --steps 400", "recipe --proxy P1", "recipe --proxy P2 --sliding", "recipe --proxy P2 --seconds 60",
+])  # fmt: skip
+def test_every_arm_is_accepted_and_differs_from_the_others(command):
+    found = settings_of(command)
+    assert len({json.dumps(s, sort_keys=True) for s in found.values()}) == len(found)
+    assert not {key for s in found.values() for key in s if key.endswith("_PATH")}  # records hold no machine's paths
+
+
+def test_proxies_have_their_size_length_and_scores():
+    own = {"P1": ("1024", "48", "4", "128", 732, "80"), "P2": ("8192", "96", "6", "192", 488, "160")}
+    shape = ("VOCAB_SIZE", "EMBED_DIM", "NUM_LAYERS", "MODEL_DIM")
+    for proxy, (vocab, embed, layers, width, steps, wide) in own.items():
+        found = settings_of(f"recipe --proxy {proxy}")
+        control = found["control"]
+        assert [control[k] for k in shape] == [vocab, embed, layers, width]
+        assert (control["ITERATIONS"], control["MAX_WALLCLOCK_SECONDS"]) == (str(steps), "0")
+        assert control["SCALE_STORAGE"] == "fp16"  # configs/pr640.env is below it
+        assert control["MUON_MOMENTUM_WARMUP_STEPS"] == str(round(500 * steps / 6530))
+        assert (control["VAL_MAX_TOKENS"], control["SLIDING_EVAL"], control["TEMP_SCALING"]) == ("500000", "0", "0")
+        name = f"EMBED_DIM={wide} FP_STORAGE=INT5"
+        assert found[name] == control | {"EMBED_DIM": wide, "FP_STORAGE": "INT5"}
+        assert len(found) == 16 and any(arm.startswith(f"{name} WARMDOWN_FRACTION=.6 ") for arm in found)
+        sliding = settings_of(f"recipe --proxy {proxy} --sliding")["control"]
+        assert sliding == control | {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "256"}
+
+
+def test_an_arm_with_longer_windows_slides_by_half_of_its_own():
+    args = arms.parse_arguments(["recipe", "--proxy", "P1", "--arm", "TRAIN_SEQ_LEN=1024"])
+    arm = arms.arms_of(args)["TRAIN_SEQ_LEN=1024"]
+    assert arms.arm_settings(arm, arms.plan_of(args), Config)["SLIDING_EVAL_STRIDE"] == "512"
+
+
+def test_equal_tokens_are_each_arms_own_steps():
+    found = settings_of("recipe --proxy P1 --tokens 100000")
+    assert found["control"]["ITERATIONS"] == str(100_000 // 8192)
+    full = settings_of("systems --tokens 1000000 --full")
+    assert {s["ITERATIONS"] for s in full.values()} == {str(1_000_000 // 65_536)}
+    with pytest.raises(arms.BadArguments, match="--tokens 100: expected at least those of a step, 8192"):
+        settings_of("recipe --proxy P1 --tokens 100")
+
+
+def test_settings_in_steps_shrink_with_the_run():
+    found = arms.in_proportion({"WARMDOWN_ITERS": "1200", "LR_WARMUP_STEPS": "50"}, 4713, 400, Config)
+    assert found == {"WARMDOWN_ITERS": "102", "LR_WARMUP_STEPS": "4", "MUON_MOMENTUM_WARMUP_STEPS": "42",
+                     "SEQ_WARMUP_STEPS": "170"}  # fmt: skip
+
+
+def test_free_runs_a_preset_as_its_user_would():
+    args = arms.parse_arguments(["free", "--preset", f"{ROOT}/configs/demo.env", "--arm", "", "--arm", "MODEL_DIM=384"])
+    found = {name: arms.arm_settings(arm, arms.plan_of(args), Config, args.preset)
+             for name, arm in arms.arms_of(args).items()}  # fmt: skip
+    preset = arms.read_preset(args.preset)
+    assert found == {"(preset)": preset, "MODEL_DIM=384": preset | {"MODEL_DIM": "384"}}
+
+
+def test_a_setting_that_the_trainer_does_not_have_is_refused():
+    plan = arms.Plan(arms.pairs(arms.SMALL), seconds=150)
+    with pytest.raises(ValueError, match="NUM_LAYER5"):
+        arms.arm_settings(arms.Arm("NUM_LAYER5=3"), plan, Config)
+
+
+def test_names_of_files_are_short_and_differ():
+    long = " ".join(f"SETTING_{i}=1" for i in range(9))
+    names = [arms.file_name(arm) for arm in (long, f"{long} X=1", "A=1 B=.6", "(preset)")]
+    assert len(set(names)) == 4 and all(Config(run_id=f"{name}_seed123456_web") for name in names)
+
+
+# -------------------------------------------------------------------------------------------------- resumption
+
+
+def record(arm: str, seed: int, bpb: float, web: float | None = None, **result: object) -> dict:
+    about = {"seed": seed, "val_bpb": bpb, "roundtrip_val_bpb": bpb, "sliding_val_bpb": None, "steps": 400,
+             "ms_per_step": 300.4, "params": 1000, "artifact_bytes": 2000, "zero_frac": 0.3,
+             "code_sha256": "c"}  # fmt: skip
+    held_out = {"web": {"roundtrip_val_bpb": web, "sliding_val_bpb": None}} if web else {}
+    return {"arm": arm, "seed": seed, "settings": {"A": "1"}, "result": about | result} | held_out
+
+
+def batch(out: Path, **settings: object) -> arms.Batch:
+    return arms.Batch(out, "unused", ROOT / "train_gpt.py", Config)._replace(**settings)
+
+
+def test_finished_runs_are_skipped_and_failed_ones_repeated(tmp_path, monkeypatch):
+    ran, broken = [], {("a", 42)}
+
+    def run(_: arms.Runner, arm: str, seed: int, settings: dict[str, str]) -> dict:
+        ran.append((arm, seed))
+        if (arm, seed) in broken:
+            return {"arm": arm, "seed": seed, "settings": settings, "error": "no memory"}
+        return record(arm, seed, 2.0) | {"settings": settings}
+
+    monkeypatch.setattr(arms.Runner, "run", run)
+    chosen = {"b": {"A": "1"}, "a": {"A": "2"}}
+    first = arms.Runner(batch(tmp_path, jobs=2)).run_all(chosen, [7, 42])
+    assert sorted(ran) == [("a", 7), ("a", 42), ("b", 7), ("b", 42)]
+    assert [(r["arm"], r["seed"]) for r in first] == [("b", 7), ("b", 42), ("a", 7), ("a", 42)]
+    broken.clear()
+    again = arms.Runner(batch(tmp_path)).run_all(chosen, [7, 42])
+    assert ran[4:] == [("a", 42)] and not any(map(arms.failure, again)) and len(again) == 4
+    arms.Runner(batch(tmp_path)).run_all(chosen | {"a": {"A": "3"}}, [7])
+    assert ran[5:] == [("a", 7)]  # other settings are another run
+
+
+def test_half_a_last_line_is_survived_and_left_behind(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    arms.append_result(path, record("a", 7, 2.0))
+    with path.open("a") as f:
+        f.write('{"arm": "b", "se')
+    assert arms.read_results(path) == [record("a", 7, 2.0)] and "line 2: half a record" in capsys.readouterr().err
+    arms.append_result(path, record("c", 7, 2.0))
+    assert [r["arm"] for r in arms.read_results(path)] == ["a", "c"]
+
+
+def test_a_batch_keeps_its_code(tmp_path):
+    code, out = tmp_path / "trainer.py", tmp_path / "out"
+    code.write_text("old")
+    assert arms.snapshot(out, code).read_text() == "old"
+    code.write_text("new")
+    assert arms.snapshot(out, None).read_text() == "old"
+    with pytest.raises(arms.BadArguments, match="another version"):
+        arms.snapshot(out, code)
+
+
+FAKE_TRAINER = """
+import json, os, pathlib, sys
+e = os.environ
+web, artifact = e["DATA_PATH"].endswith("_web"), pathlib.Path(e["ARTIFACT_PATH"])
+assert "MATRIX_LR" not in e and e["OMP_NUM_THREADS"] == "1"
+if e["SEED"] == "13" and web:
+    sys.exit("train_gpt.py: unlucky")
+if web:
+    assert e["EVAL_ONLY"] == "1" and artifact.read_text() == "weights"
+else:
+    artifact.write_text("weights")
+print("step:1")
+print("result " + json.dumps({"run_id": e["RUN_ID"], "val_bpb": 2, "roundtrip_val_bpb": 3 if web else 2, "steps": 4}))
+"""
+
+
+def test_a_recipes_run_is_scored_on_both_sets_and_its_artifact_goes(tmp_path, monkeypatch):
+    for name in ("sp9", "sp9_web"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "val"):
+            (tmp_path / name / f"fineweb_{split}_0.bin").touch()
+    (tmp_path / "trainer.py").write_text(FAKE_TRAINER)
+    monkeypatch.setenv("MATRIX_LR", "9")  # of the shell: no arm's
+    ours = batch(tmp_path / "out", data=str(tmp_path / "sp"), code=tmp_path / "trainer.py", web=True, jobs=1)
+    good, bad = arms.Runner(ours).run_all({"A=1": {"VOCAB_SIZE": "9"}}, [7, 13])
+    assert good["result"]["run_id"] == "A_1_seed7" and good["web"]["run_id"] == "A_1_seed7_web"
+    assert good["web"]["roundtrip_val_bpb"] == 3 and not arms.failure(good)
+    assert bad["error"] == "train_gpt.py: unlucky" and "web" not in bad
+    assert not list((tmp_path / "out").glob("*.ptz"))
+    assert [arms.failure(r) for r in arms.read_results(tmp_path / "out/results.jsonl")] == ["", bad["error"]]
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def test_statistics_by_hand():
+    """1, 2, 6 has variance 7; 3, 5 has variance 2; the differences by seed are 2 and 3."""
+    new, base = {1: 3.0, 2: 5.0}, {1: 1.0, 2: 2.0, 3: 6.0}
+    assert arms.estimate(base.values()) == (3, pytest.approx(math.sqrt(7 / 3)), 3)
+    assert arms.welch(new.values(), base.values())[:2] == (1, pytest.approx(math.sqrt(7 / 3 + 2 / 2)))
+    assert arms.paired(new, base) == (2.5, pytest.approx(0.5), 2)
+    assert arms.welch([1.0], base.values()).error is None and arms.paired({9: 1.0}, base) is None
+
+
+def test_statistics_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    new, base = [2.13, 2.11, 2.18, 2.15], [2.20, 2.17, 2.19, 2.24]
+    ours = arms.welch(new, base)
+    assert ours.mean / ours.error == pytest.approx(stats.ttest_ind(new, base, equal_var=False).statistic)
+    ours = arms.paired(dict(enumerate(new)), dict(enumerate(base)))
+    assert ours.mean / ours.error == pytest.approx(stats.ttest_rel(new, base).statistic)
+    assert arms.estimate(new).error == pytest.approx(stats.sem(new))
+
+
+def table_of(text: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """(all above the table, arm -> column -> cell)."""
+    above, _, rest = text.partition("\n\n")
+    head, _, *rows = [line[2:-2].split(" | ") for line in rest.strip().split("\n\n")[0].splitlines()]
+    return above, {cells[0]: dict(zip(head, cells, strict=True)) for cells in rows}
+
+
+def test_the_table_of_two_sets(capsys):
+    control = [record("control", 1, 2.0, 3.0), record("control", 2, 2.1, 3.1), record("control", 3, 2.2, 3.2)]
+    new = [record("new", 2, 2.0, 3.0), record("new", 3, 2.0, 3.0)]
+    assert arms.print_table([*control, *new], {"new": "because"})
+    above, rows = table_of(capsys.readouterr().out)
+    assert above.startswith("control: 3 seeds from 2.5000 to 2.7000, standard deviation 0.1000;")
+    assert above.endswith("standard error of 0.1155")  # .1 sqrt(1 + 1/3)
+    assert rows["control"]["mean"] == "2.6000" and rows["control"]["s.e."] == "0.0577"
+    assert rows["control"]["against the first"] == ""
+    about = {"arm": "new", "n": "2", "val bpb": "2.0000", "web bpb": "3.0000", "mean": "2.5000", "s.e.": "0.0000",
+             "against the first": "-0.1000 ± 0.0577", "paired by seed": "-0.1500 ± 0.0500 (2)", "steps": "400",
+             "ms/step": "300", "params": "1000", "artifact bytes": "2000", "zeros": "0.300",
+             "why, or what others found": "because"}  # fmt: skip
+    assert rows["new"] == about
+
+
+def test_sliding_scores_have_their_own_difference(capsys):
+    records = [record("a", s, 2.0, sliding_val_bpb=1.9) for s in (1, 2)]
+    records += [record("b", s, 2.0, sliding_val_bpb=1.8 + s / 100) for s in (1, 2)]
+    assert arms.print_table(records)
+    _, rows = table_of(capsys.readouterr().out)
+    assert rows["b"]["sliding"] == "1.8150" and rows["b"]["sliding against the first"] == "-0.0850 ± 0.0050"
+    assert "mean" not in rows["b"] and "web bpb" not in rows["b"]
+
+
+def test_what_spoils_a_table_is_said(capsys):
+    records = [record("a", 7, 2.0)]
+    assert not arms.print_table([*records, record("lossy", 7, 2.0, roundtrip_val_bpb=2.0000001)])
+    assert "NOT EXACT: lossy, seed 7: the model scored 2.0, its artifact 2.0000001" in capsys.readouterr().out
+    assert not arms.print_table([*records, {"arm": "bad", "seed": 7, "settings": {}, "error": "no memory"}])
+    assert "FAILED: bad, seed 7: no memory" in capsys.readouterr().out
+    assert arms.print_table([*records, record("b", 7, 2.0, code_sha256="d")])
+    assert "Warning: 2 versions of train_gpt.py (c, d)" in capsys.readouterr().out
+    assert arms.print_table([*records, record("a", 8, 2.0) | {"settings": {"A": "2"}}])
+    assert "Warning: a: its seeds ran with different settings" in capsys.readouterr().out
+
+
+def test_the_newest_record_counts_and_unknown_arms_stand_last(tmp_path, capsys):
+    """A file as another runner left it: the error is in the result."""
+    lines = [record("mine", 42, 2.0, 2.2), record("control", 42, 2.5, 2.5) | {"result": {"error": "killed"}},
+             record("control", 42, 2.1, 2.3)]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert arms.main(["recipe", "--table", "--out", str(tmp_path)]) == 0
+    above, rows = table_of(capsys.readouterr().out)
+    assert list(rows) == ["control", "mine"] and above == "control: one seed, so nothing is known of the spread"
+    assert rows["mine"]["against the first"] == "-0.1000" and rows["mine"]["paired by seed"] == "-0.1000 (1)"
+    assert arms.main(["recipe", "--table", "--out", str(tmp_path), "--only", "mine"]) == 0
+    assert list(table_of(capsys.readouterr().out)[1]) == ["mine"]
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    ("nothing", "invalid choice: 'nothing'"),
+    ("recipe --steps 9", "recipe: expected --proxy P1 or P2"),
+    ("recipe --proxy P1 --steps 9 --seconds 9", "--steps and --seconds: expected one of them"),
+    ("systems", "systems: expected --steps, --tokens or --seconds"),
+    ("switches --steps 9 --full", "switches has no --full"),
+    ("switches --steps -9", "expected more than 0"),
+    ("switches --steps 9 --jobs 0", "expected more than 0"),
+    ("switches --steps 9 --seeds 1,x", "--seeds: invalid"),
+    ("band --steps 9 --only this", "--only 'this': expected some of 'sliding, windows of 128'"),
+    ("band --table --out missing", "no results"),
+    ("free", "free: expected at least one --arm"),
+    ("free --arm NUM_LAYERS", "found 'NUM_LAYERS'"),
+    ("free --arm NUM_LAYER=9", "arm 'NUM_LAYER=9': not a setting of train_gpt.py: NUM_LAYER"),
+    ("free --arm MODEL_DIM=63", "arm 'MODEL_DIM=63': MODEL_DIM=63: expected a multiple of NUM_HEADS=8"),
+    ("free --arm= --preset missing.env", "--preset missing.env: no such file"),
+    ("free --arm= --code missing.py", "--code missing.py: no such file"),
+    ("free --arm= --data missing/sp", "--data missing/sp: expected fineweb_train_*.bin and fineweb_val_*.bin"),
+])  # fmt: skip
+def test_bad_arguments_are_one_line_and_start_nothing(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = command.split() + (["--out", "out"] if "--out" not in command else [])
+    try:
+        code = arms.main(argv)
+    except SystemExit as end:
+        code = end.code
+    complaint = capsys.readouterr().err
+    assert code == 2 and complaint.count("\n") == 1 and said in complaint and complaint.startswith("arms.py: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_needs_the_web_text(data_dir):
+    with pytest.raises(arms.BadArguments, match="_web: expected shards"):
+        arms.web_folder(data_dir)
+
+
+def test_free_runs_for_real_and_goes_on(data_dir, tmp_path, monkeypatch, capsys):
+    """Two arms at the tiny size in processes of their own; the second start runs nothing."""
+    preset = TINY | {"ITERATIONS": "4", "SLIDING_EVAL": "0", "TEMP_SCALING": "0", "VAL_MAX_TOKENS": "700"}
+    (tmp_path / "tiny.env").write_text("".join(f"{k}={v}\n" for k, v in preset.items() if k != "SEED"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLP_MULT", "4")  # of the shell: no arm's
+    command = ["free", "--preset", "tiny.env", "--arm", "", "--arm", "MLP_MULT=3", "--data", str(data_dir),
+               "--seeds", "7", "--jobs", "2", "--out", "out"]  # fmt: skip
+    assert arms.main(command) == 0
+    shown = capsys.readouterr().out
+    _, rows = table_of(shown)
+    assert list(rows) == ["(preset)", "MLP_MULT=3"] and rows["(preset)"]["steps"] == "4"
+    assert int(rows["MLP_MULT=3"]["params"]) > int(rows["(preset)"]["params"])
+    assert (tmp_path / "out/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "out/logs").iterdir()) == ["MLP_MULT_3_seed7.txt", "_preset__seed7.txt"]
+    before = (tmp_path / "out/results.jsonl").read_text()
+    assert json.loads(before.splitlines()[0])["result"]["git_commit"] == "unknown"  # not that of a folder above
+    assert arms.main(command) == 0 and capsys.readouterr().out == shown
+    assert (tmp_path / "out/results.jsonl").read_text() == before
