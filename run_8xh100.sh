@@ -10,7 +10,7 @@
 # NPROC: processes, one a GPU (8). RUN_ID: the prefix of <RUN_ID>_seed<SEED> (record). SUBMISSION_PATH: submission.json.
 # TRAIN_PYTHON: an interpreter that has the requirements, instead of .venv's.
 # ALLOW_CPU=1: a rehearsal on CPU processes; it never writes the real submission.json unless told to. For instance, on the
-# demo's data and model: (set -a; . configs/demo.env; DATA_PATH=data/demo_sp2048 TOKENIZER_PATH=$DATA_PATH/tokenizer.model
+# demo's data and model: (set -a; . configs/demo.env; DATA_PATH=data/demo_sp4096 TOKENIZER_PATH=$DATA_PATH/tokenizer.model
 #                         ITERATIONS=3 NPROC=2 ALLOW_CPU=1; bash run_8xh100.sh)
 set -euo pipefail
 # shellcheck source=tools/common.sh

@@ -2872,8 +2872,6 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
               Churn: cfg.churn_log_every}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
-# Schedules: pure functions of step and progress.
-
 def shaped_rate(cfg: Config, step: int, progress: float, left: float) -> float:
     """The learning rates' factor. `left`: the share of the warmdown still to come, 1 before it."""
     if cfg.warmdown_iters:
@@ -2908,8 +2906,6 @@ class Schedules(Hook):
     def stage(self, stage: Stage, step: int, progress: float) -> Stage:
         cfg = self.step.cfg
         return Stage(shaped_rate(cfg, step, progress, stage.lr_scale), stage.momentum, *step_shape(cfg, step, progress))
-
-# Between gradients and optimizers.
 
 class Commitment(Hook):
     """The gradient of #126's commitment loss: lambda * sum over matrices of mean((w / alpha - code)^2).
@@ -2972,8 +2968,6 @@ class Clipping(Hook):
         for g in own:
             g *= (self.step.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
         return True
-
-# Beside the steps.
 
 class Averaging(Hook):
     """EMA (#641): from EMA_START_FRACTION of the budget on, a running average of the latent weights; each process
@@ -3494,8 +3488,6 @@ class Untying(Hook):
                     head.weight.copy_(tied @ model.embed_out.weight if model.cfg.embed_dim else tied)
                     if head.operand is not None:
                         head.keep_rounded(head.operand.dtype)
-
-# Tversky layers
 
 MEMBERSHIPS = {"sigmoid": lambda t: torch.sigmoid(5 * t), "poly": lambda t: (1.25 * t + 0.5).clamp(0, 1),
                "tanh": lambda t: (torch.tanh(5 * t) + 1) / 2}
