@@ -230,7 +230,7 @@ def test_lying_headers_are_refused_before_anything_is_allocated(blob):
 
 
 def test_a_decompression_bomb_is_refused(model):
-    bomb = train_gpt.compress(bytes(1 << 28))  # 256 MB in 40 KB
+    bomb = train_gpt.compress(bytes(1 << 26))  # 64 MB in 10 KB
     for codec in CODECS.keys() - {"ans"}:
         blob = save_artifact(model, tiny_config(artifact_codec=codec))
         for index in range(4):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 from kernel_groups import FORWARD, GROUPS, REGION, Shapes, read_trace
-from parity import nats_and_gradients
+from parity import compute
 from parity import row as parity_row
 from step import Arm, ArmFailed, sent_bytes, startup
 from step_worker import flops_a_token, matmul_shapes
@@ -35,17 +35,19 @@ def test_model_flops_are_pytorchs_count(settings):
     assert counter.get_total_flops() == x.numel() * (sum(flops.values()) + flops["attention"])
 
 
-def test_parity_compares_the_training_loss_with_the_plain_one():
-    """Without z-loss both paths minimize the same; a row names the parameter that differs most."""
-    cfg = tiny_config(z_loss=0, precision="fp32")
+def test_parity_compares_every_table_of_operations_with_the_plain_one():
+    """On a CPU in float32 all agree; a row names the parameter that differs most."""
+    cfg = tiny_config(precision="fp32")
     batch = torch.randint(320, (2, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
-    (nats, plain), (mean, trained) = (nats_and_gradients(cfg, "cpu", *batch, training) for training in (False, True))
-    assert nats.mean().item() == pytest.approx(mean.item(), rel=1e-6) and plain.keys() == trained.keys()
-    for name, g in plain.items():
-        torch.testing.assert_close(trained[name], g, rtol=1e-4, atol=1e-7)
-    trained["vocab_bias"] = -trained["vocab_bias"]
-    line = parity_row(cfg, ("cpu", "fp32", True), batch, (mean, trained))
-    assert line.startswith("| cpu | fp32 | training |  | +0.00e+00 | -1.000000 vocab_bias |")
+    plain, fast = (compute(cfg, "cpu", *batch, fast) for fast in (False, True))
+    assert plain.nats.mean().item() == pytest.approx(fast.mean.item(), rel=1e-6) and plain.nats.shape == (2, 32)
+    torch.testing.assert_close(fast.nats, plain.nats, rtol=1e-5, atol=1e-5)
+    assert plain.gradients.keys() == fast.gradients.keys()
+    for name, g in plain.gradients.items():
+        torch.testing.assert_close(fast.gradients[name], g, rtol=1e-4, atol=1e-7)
+    plain.gradients["vocab_bias"].neg_()
+    line = parity_row(cfg, ("cpu", "fp32", True), batch, plain._replace(nats=fast.nats, mean=fast.mean))
+    assert line == "| cpu | fp32 | fast | 0.00e+00 | +0.00e+00 | -1.000000 vocab_bias |"
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: object) -> dict:
