@@ -2745,12 +2745,14 @@ def start_rules(name: str, full: str, others: list[str], fraction: str = "") -> 
         yield name, alone, f"0 beside {other}: one schedule at a time"
     if fraction:
         yield name, lambda c: free(c) or start(c) <= whole(c), f"at most {full.upper()}"
-        yield name, lambda c: free(c) or of_batch or whole(c) % start(c) == 0, f"a divisor of {full.upper()}"
+        if not of_batch:
+            yield name, lambda c: free(c) or whole(c) % start(c) == 0, f"a divisor of {full.upper()}"
         yield fraction, lambda c: not start(c) or getattr(c, fraction) > 0, f"above 0 with {name.upper()}"
     else:
         doubled = lambda c: start(c) << max(0, (whole(c) // start(c)).bit_length() - 1)
         yield name, lambda c: free(c) or doubled(c) == whole(c), f"{full.upper()} divided by a power of two"
-    yield name, lambda c: free(c) or not of_batch or start(c) % c.train_seq_len == 0, "a multiple of TRAIN_SEQ_LEN"
+    if of_batch:
+        yield name, lambda c: free(c) or start(c) % c.train_seq_len == 0, "a multiple of TRAIN_SEQ_LEN"
 
 not_fp8 = lambda c: c.act_quant != "fp8"
 quantized = lambda c: c.weight_quant != "none"
@@ -3201,8 +3203,6 @@ class NTKRotary(Rotary):
         i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64, device=self.cos.device) / cfg.head_dim
         angle = torch.outer(torch.arange(length, dtype=torch.float64, device=self.cos.device), base**-i)[:, None]
         return angle.cos().float(), angle.sin().float()
-
-# MLPs
 
 def swiglu(x: Tensor) -> Tensor:
     """arXiv:2002.05202; the first half of the channels is the gate."""

@@ -226,11 +226,7 @@ def test_what_makes_no_sense_is_one_clear_error_for_every_rule(monkeypatch):
     for settings, message in BROKEN:
         assert refusal({name.upper(): str(value) for name, value in settings.items()}).startswith(message), settings
         found.append(first_broken(settings))
-    # of batches alone, and of sequences alone: those two schedules share the list of rules
-    rules = [(name, expected) for name, _, expected in RULES]
-    idle = {rule for rule in rules if rule[0].startswith("seq_") and rule[1] == "a multiple of TRAIN_SEQ_LEN"}
-    idle.add(("batch_tokens_start", "a divisor of TRAIN_BATCH_TOKENS"))
-    assert [*dict.fromkeys(found)] == [rule for rule in rules if rule not in idle]
+    assert [*dict.fromkeys(found)] == [(name, expected) for name, _, expected in RULES]
 
 
 def test_booleans_and_the_environment_win_over_defaults():
