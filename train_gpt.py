@@ -48,8 +48,9 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -59,6 +60,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
 
@@ -362,6 +364,17 @@ class World:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+def threads_for(device: torch.device, pieces: int) -> ThreadPoolExecutor | None:
+    """On a CPU: threads, each with its share of the cores, to compute so many pieces at once; whole micro-batches keep
+    two cores busier than the operations within them (R017). None: one after the other."""
+    cores = torch.get_num_threads()
+    count = min(cores, pieces) if device.type == "cpu" else 1
+    return thread_pool(count, cores // count) if count > 1 else None
+
+@functools.cache
+def thread_pool(threads: int, cores_each: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores_each,))
 
 class Clock:
     """Training seconds since the start, without what ran inside `paused()`."""
@@ -709,9 +722,15 @@ def summed_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor
     nats, lse = token_nats(model.logits(h), y)
     return nats.sum() + z_loss * lse.square().sum(), nats.detach().sum()
 
+def target_nats(model: GPT, h: Tensor, y: Tensor, temperatures: Tensor) -> Tensor:
+    """Hidden states (B, T, D), targets (B, T) -> the targets' nats with logits divided by each of (n,): (n, B, T)."""
+    logits = model.logits(h)
+    return torch.stack([token_nats(logits / t, y)[0] for t in temperatures])
+
 class Ops(NamedTuple):
     """How a model is computed: plainly. `fast_ops` (section 11) exchanges what a machine does faster."""
 
+    rms_norm: Callable = rms_norm
     matmul: Callable = matmul
     normed_matmul: Callable = normed_matmul
     lookup: Callable = lookup
@@ -719,6 +738,7 @@ class Ops(NamedTuple):
     attend: Callable = attend
     mlp: Callable = relu2_mlp
     loss: Callable = summed_loss
+    nats: Callable = target_nats
 
 class Part(nn.Module):
     """A module that computes through `ops`; see GPT.use."""
@@ -886,8 +906,8 @@ class Block(Part):
         """(B, T, D), the normalized embedding -> (B, T, D); with `tail` the last positions alone: (B, tail, D)."""
         attn_scale, mlp_scale = (as_stored(p).to(x.dtype) for p in (self.attn_scale, self.mlp_scale))
         x = self.mixed(x, x0)
-        x = x[:, -tail:] + attn_scale * self.attention(rms_norm(x), tail)
-        return x + mlp_scale * self.mlp(rms_norm(x))
+        x = x[:, -tail:] + attn_scale * self.attention(self.ops.rms_norm(x), tail)
+        return x + mlp_scale * self.mlp(self.ops.rms_norm(x))
 
 def build_blocks(cfg: Config, parts: Parts) -> list[nn.Module]:
     return [parts.block(cfg, parts) for _ in range(cfg.num_layers)]
@@ -1038,24 +1058,35 @@ def nesterov(g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
         state["momentum"] = torch.zeros_like(g)
     return g.add(state["momentum"].mul_(momentum).add_(g), alpha=momentum)
 
-class NeoMuon(torch.optim.Optimizer):
+class Optimizer:
+    """Parameters, what the schedule sets for them (`lr` from `base_lr`, `momentum`), and their state. torch.optim's own
+    class loads torch.compile: two seconds, which a run on a CPU does not need."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, **group: float) -> None:
+        self.group: dict[str, float] = {"lr": lr, "base_lr": lr, **group}
+        self.params, self.state = params, defaultdict(dict)
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+class NeoMuon(Optimizer):
     """Muon whose Nesterov update is normalized row by row before it is orthogonalized (#640; MuonEq-R, #1394).
 
     Parameters are banks' shards (n, rows, columns), each updated in one batch of matrix products.
     """
 
     def __init__(self, shards: list[nn.Parameter], cfg: Config, world: World) -> None:
-        super().__init__(shards, {"lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr, "momentum": cfg.muon_momentum})
+        super().__init__(shards, cfg.matrix_lr, momentum=cfg.muon_momentum)
         self.cfg, self._orthogonalize = cfg, compiled(orthogonalize, cfg, world)
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                update = self.update(p.grad, self.state[p], group["momentum"])
-                if self.cfg.muon_wd:
-                    p.mul_(1 - group["lr"] * self.cfg.muon_wd)
-                p.add_(update, alpha=-group["lr"])
+        lr = self.group["lr"]
+        for p in self.params:
+            update = self.update(p.grad, self.state[p], self.group["momentum"])
+            if self.cfg.muon_wd:
+                p.mul_(1 - lr * self.cfg.muon_wd)
+            p.add_(update, alpha=-lr)
 
     def update(self, g: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
         """(n, rows, columns) gradients -> what is subtracted times the learning rate; `state` has tensors (n, ...)."""
@@ -1068,18 +1099,31 @@ class NeoMuon(torch.optim.Optimizer):
 
 MATRIX_OPTIMIZERS: dict[str, Callable] = {"neomuon": NeoMuon, "muon": NeoMuon}  # (shards, cfg, world)
 
-def adam(params: list[nn.Parameter], cfg: Config, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    group = {"params": params, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
-    return torch.optim.AdamW([group], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+class Adam(Optimizer):
+    """AdamW (arXiv:1711.05101), PyTorch's fused one."""
 
-def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Bank]) -> list[torch.optim.Optimizer]:
+    def __init__(self, params: list[nn.Parameter], cfg: Config, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr)
+        self.options = {"amsgrad": False, "beta1": cfg.beta1, "beta2": cfg.beta2, "weight_decay": weight_decay,
+                        "eps": cfg.adam_eps, "maximize": False}  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.params:
+            if not self.state[p]:
+                self.state[p] = {"mean": torch.zeros_like(p), "square": torch.zeros_like(p), "step": p.new_zeros(())}
+        means, squares, steps = ([self.state[p][key] for p in self.params] for key in ("mean", "square", "step"))
+        gradients = [p.grad for p in self.params]
+        adamw(self.params, gradients, means, squares, [], steps, fused=True, lr=self.group["lr"], **self.options)
+
+def build_optimizers(model: nn.Module, cfg: Config, world: World, banks: list[Bank]) -> list[Optimizer]:
     """Every parameter in exactly one optimizer, by its role. Groups carry `base_lr`, which the schedule scales."""
     by_rate: dict[str, list[nn.Parameter]] = {}
     for _, _, p, role in parameter_owners(model):
         by_rate.setdefault(role.rate, []).append(p)
     assert {p for bank in banks for p in bank.parameters()} == set(by_rate.pop("matrix_lr"))
     matrices = MATRIX_OPTIMIZERS[cfg.matrix_optimizer]([bank.shard for bank in banks], cfg, world)
-    others = [adam(params, cfg, getattr(cfg, rate)) for rate, params in by_rate.items()]
+    others = [Adam(params, cfg, getattr(cfg, rate)) for rate, params in by_rate.items()]
     grouped = [p for bank in banks for p in bank.parameters()] + [p for params in by_rate.values() for p in params]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
     return [matrices, *others]
@@ -1099,8 +1143,8 @@ def schedule(cfg: Config, step: int, progress: float) -> Stage:
     momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
     return Stage(left, momentum, cfg.train_seq_len, cfg.train_batch_tokens)
 
-def apply_stage(optimizers: list[torch.optim.Optimizer], stage: Stage) -> None:
-    for group in (group for opt in optimizers for group in opt.param_groups):
+def apply_stage(optimizers: list[Optimizer], stage: Stage) -> None:
+    for group in (opt.group for opt in optimizers):
         group["lr"] = group["base_lr"] * stage.lr_scale
         if "momentum" in group:
             group["momentum"] = stage.momentum
@@ -1141,6 +1185,7 @@ class Gradients:
         self.loss = self.flat[-1]
         for p, g in zip(others, self.flat[:-1].split([p.numel() for p in others]), strict=True):
             p.grad = g.view_as(p)
+        self._parameters = list(model.parameters())
 
     def own(self) -> list[Tensor]:
         """What this process's optimizers read: the flat buffer without the loss, and its shards of the banks."""
@@ -1151,10 +1196,18 @@ class Gradients:
         for buffer in (self.flat, *(bank.grads for bank in self.banks)):
             buffer.zero_()
         tokens = x.numel() * self._world.size
-        for micro_x, micro_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
-            loss, nats = loss_function(micro_x, micro_y)
-            (loss / (tokens / self.scale)).backward()
-            self.loss += nats / tokens
+
+        def gradients(micro: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None, ...], Tensor]:
+            loss, nats = loss_function(*micro)
+            return torch.autograd.grad(loss / (tokens / self.scale), self._parameters, allow_unused=True), nats
+
+        micros = list(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True))
+        pool = threads_for(x.device, len(micros))
+        # not pool.map: tools/compliance.py must see that evaluation cannot come here
+        results = Executor.map(pool, gradients, micros) if pool else map(gradients, micros)
+        for gradient, nats in results:
+            used = [(p.grad, g) for p, g in zip(self._parameters, gradient, strict=True) if g is not None]
+            torch._foreach_add_(*zip((self.loss, nats / tokens), *used, strict=True))
         for bank in self.banks:
             self._world.sum_shares_(bank.grads)
         self._world.sum_(self.flat)
@@ -1250,7 +1303,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
         return 0.0
     sequences = calibration_sequences(cfg, world) // world.size
     x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=world.device)
-    for _ in range(2):  # the first call also loads kernels
+    for _ in range(1 + x.is_cuda):  # the first call also loads kernels
         clock = Clock(world)
         calibrate_temperature(model, x, x, world)
     return world.agree(clock.finish())
@@ -1495,7 +1548,8 @@ def read_container(blob: bytes) -> Container:
     return Container(cfg, codec, temperature, [bytes(body[a:b]) for a, b in itertools.pairwise(ends)])
 
 def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
-    """A fresh, frozen model on the CPU and its config (model settings from the artifact, the rest defaults).
+    """A fresh, frozen model on the CPU, computing as a CPU does best, and its config (model settings from the artifact,
+    the rest defaults).
 
     ArtifactError (a ValueError) for anything that is not a whole, valid artifact; no code in it can run.
     """
@@ -1507,7 +1561,7 @@ def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
         claim = f"the artifact's header claims {layout.params} parameters"
         raise ArtifactError(f"{claim}, more than {len(blob)} bytes can hold")
     symbols = CODECS[codec].unpack(streams, layout)
-    model = GPT(cfg)
+    model = GPT(cfg).use(fast_ops(cfg, torch.device("cpu")))
     fill_model(model, symbols)
     model.temperature.fill_(temperature)
     return model, cfg
@@ -1606,10 +1660,7 @@ def window_plan(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray
 
 def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tensor) -> Tensor:
     """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
-    h, y = model.hidden(x, tail=tail), y[:, -tail:]
-    rows = len(h) if h.is_cuda else max(1, 2**20 // (tail * model.cfg.vocab_size))  # logits that stay in a CPU's cache
-    parts = [token_nats(model.logits(a) / temperature, b)[0] for a, b in zip(h.split(rows), y.split(rows), strict=True)]
-    return torch.cat(parts)
+    return model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], temperature.view(1))[0]
 
 @torch.no_grad()
 def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
@@ -1628,19 +1679,28 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
     # the first window scores all its targets, the others at most `stride`; it is not worth a compilation
     jobs = [(starts[:1], firsts[:1], seq_len, score_windows)] * world.is_main
     jobs.append((starts[mine], firsts[mine], stride, compiled(score_windows, cfg, world)))
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # nats, targets
     positions = torch.arange(seq_len + 1, device=world.device)
-    for job_starts, job_firsts, tail, score in jobs:
+
+    @torch.no_grad()
+    def nats_and_targets(batch: tuple) -> Tensor:
+        start, first, tail, score, size = batch
+        missing = size - len(start)  # the last batch is filled up, so that shapes stay static
+        start, first = F.pad(start, (0, missing)), F.pad(first, (0, missing), value=seq_len)
+        index = start[:, None] + positions
+        windows = val.tokens[index.clamp_max(val.num_targets)]
+        nats = score(model, windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), tail, temperature)
+        scored = ((positions[:-1] >= first[:, None]) & (index[:, 1:] <= val.num_targets))[:, -tail:]
+        return torch.stack((nats.double().mul(scored).sum(), scored.sum()))
+
+    batches = []
+    for job_starts, job_firsts, *how in jobs:
         size = min(max(1, per_step // seq_len), len(job_starts))
-        for i in range(0, len(job_starts), size or 1):
-            start, first = job_starts[i : i + size], job_firsts[i : i + size]
-            missing = size - len(start)  # the last batch is filled up, so that shapes stay static
-            start, first = F.pad(start, (0, missing)), F.pad(first, (0, missing), value=seq_len)
-            index = start[:, None] + positions
-            windows = val.tokens[index.clamp_max(val.num_targets)]
-            nats = score(model, windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), tail, temperature)
-            scored = ((positions[:-1] >= first[:, None]) & (index[:, 1:] <= val.num_targets))[:, -tail:]
-            totals += torch.stack((nats.double().mul(scored).sum(), scored.sum()))
+        parts = zip(job_starts.split(size or 1), job_firsts.split(size or 1), strict=True)
+        batches += [(*part, *how, size) for part in parts if size]
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    pool = threads_for(world.device, len(batches))
+    for part in (pool.map if pool else map)(nats_and_targets, batches):
+        totals += part
     nats, targets = world.sum_(totals).tolist()
     assert targets == val.num_targets
     return nats / targets, nats / math.log(2) / val.num_bytes
@@ -1652,11 +1712,17 @@ TEMPERATURES = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 def calibrate_temperature(model: GPT, x: Tensor, y: Tensor, world: World) -> float:
     """The logits' best divisor on training tokens, at positions with at least half a window before them, as in the
     sliding score. The grid's minimum, refined by the parabola through its neighbours."""
-    nats = torch.zeros(len(TEMPERATURES), dtype=torch.float64, device=x.device)
-    for i in range(0, x.size(0), step := max(1, model.cfg.micro_batch_tokens // x.size(1))):
-        half = x.size(1) // 2
-        logits, targets = model.logits(model.hidden(x[i : i + step])[:, half:]), y[i : i + step, half:]
-        nats += torch.stack([token_nats(logits / t, targets)[0].sum(dtype=torch.float64) for t in TEMPERATURES])
+    grid = torch.tensor(TEMPERATURES, device=x.device)
+    step, half = max(1, model.cfg.micro_batch_tokens // x.size(1)), x.size(1) // 2
+
+    @torch.no_grad()
+    def summed_nats(i: int) -> Tensor:
+        h, targets = model.hidden(x[i : i + step])[:, half:], y[i : i + step, half:]
+        return model.ops.nats(model, h, targets, grid).sum((1, 2), dtype=torch.float64)
+
+    first = range(0, len(x), step)
+    pool = threads_for(x.device, len(first))
+    nats = sum((pool.map if pool else map)(summed_nats, first))
     losses = world.sum_(nats).tolist()
     best = min(range(len(losses)), key=losses.__getitem__)
     if best in (0, len(losses) - 1):
@@ -1690,7 +1756,7 @@ def gpu_name(world: World) -> str:
 def log_start(cfg: Config, world: World, ops: Ops, log: Log) -> None:
     """The source, the versions and the resolved config: a run is reproduced from its log alone."""
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
-    attention = "PyTorch SDPA" if ops.attend is attend else "FlashAttention-3"
+    attention = "FlashAttention-3" if ops.attend.__name__ == "flash" else "PyTorch SDPA"
     log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
         f"device:{world.device.type} gpu:{gpu_name(world)} threads:{torch.get_num_threads()} attention:{attention} "
         f"precision:{compute_dtype(cfg.precision, world.device)}")
@@ -1740,8 +1806,14 @@ def fast_ops(cfg: Config, device: torch.device) -> Ops:
     dtype = compute_dtype(cfg.precision, device)
     ops = Ops(matmul=StoredMatmul.apply, normed_matmul=normed_stored_matmul, lookup=StoredLookup.apply)
     if device.type != "cuda":
-        chunks = plain_logits(cfg) and dtype == torch.float32 and cfg.softcap_type == "poly"
-        return ops._replace(loss=chunked_loss) if chunks else ops
+        if dtype != torch.float32:
+            return ops
+        ops = ops._replace(
+            rms_norm=RowNorm.apply, normed_matmul=row_normed_matmul, qk_norm_rope=RowQKNormRope.apply,
+            attend=attend if cfg.attention_window else block_attend, mlp=row_mlp,
+        )  # fmt: skip
+        chunks = plain_logits(cfg) and cfg.softcap_type == "poly"
+        return ops._replace(loss=chunked_loss, nats=chunked_nats) if chunks else ops
     ops = ops._replace(attend=flash_attention_3(cfg) or attend)
     if dtype != torch.float16:  # whose 65504 might not hold a product before its norm
         ops = ops._replace(normed_matmul=NormedMatmul.apply)
@@ -1968,51 +2040,251 @@ class Bank:
         gathered = weights // 4 + 4 * weights // self.modules[0].group_size if self.ternary else 4 * weights
         return [("reduce-scatter", 4 * weights), ("all-gather", gathered)]
 
+def loss_operands(model: GPT, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of the output table (N, E), latent and stored table (V, E), bias (V,), targets (N,)."""
+    e, weight = model.embed_out(h).flatten(0, 1), model.output.weight
+    return e, weight, model.output.stored(e.dtype), as_stored(model.vocab_bias), y.flatten()
+
+# On a CPU most of the time beside the products goes into memory: rows and queries are taken a few at a time, so that
+# what lies between two products stays in the cache, and it is touched as rarely as PyTorch's operations allow.
+
+ROWS = 256  # of an MLP's hidden layer
+QUERIES, SCORES = 64, 2**19  # of attention: a block's queries, and its scores at most
+KEPT_SCORES = 2**27  # of a layer and micro-batch, 4 bytes each, half of which causality leaves
+LOGITS = 2**19  # of the loss, at least 128 rows of them
+
+class RowNorm(torch.autograd.Function):
+    """`rms_norm`, its gradient in four passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rho = inverse_rms(x)
+        y = x * rho
+        ctx.save_for_backward(y, rho)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        y, rho = ctx.saved_tensors
+        along = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
+        return torch.addcmul(g, y, along, value=-1).mul_(rho)
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """What rms_norm multiplies by: (..., D) -> (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(1e-6).rsqrt_()
+
+def row_normed_matmul(x: Tensor, latent: Tensor, stored: Tensor) -> Tensor:
+    return StoredMatmul.apply(RowNorm.apply(x), latent, stored)
+
+class RowQKNormRope(torch.autograd.Function):
+    """`qk_norm_rope`, q and k together, head by head in memory as BlockAttention reads them."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.heads, turned = len(gain), (len(gain) + qkv.size(2)) // 2
+        x, v = qkv.split((turned, qkv.size(2) - turned), dim=2)
+        rho, (cos, sin) = inverse_rms(x), (t[: x.size(1)] for t in (cos, sin))
+        factor = rho.clone()
+        factor[:, :, : ctx.heads] *= gain[:, None]
+        y = rotate_into(x.new_empty(len(x), turned, x.size(1), x.size(3)).transpose(1, 2), x, cos, sin).mul_(factor)
+        ctx.save_for_backward(qkv, rho, factor, cos, sin)
+        return y[:, :, : ctx.heads], y[:, :, ctx.heads :], v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        qkv, rho, factor, cos, sin = ctx.saved_tensors
+        heads, turned, dqkv = ctx.heads, rho.size(2), torch.empty_like(qkv)
+        x, d = qkv[:, :, :turned], dqkv[:, :, :turned]
+        rotate_into(d[:, :, :heads], dq, cos, -sin)
+        rotate_into(d[:, :, heads:], dk, cos, -sin)
+        dqkv[:, :, turned:] = dv
+        along = (d * x).sum(-1, keepdim=True).mul_(rho)
+        dgain = along[:, :, :heads].sum((0, 1, 3))
+        d.addcmul_(x, along.mul_(rho).div_(x.size(-1)), value=-1).mul_(factor)
+        return dqkv, dgain, None, None
+
+def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate`."""
+    (to_a, to_b), (a, b) = out.chunk(2, dim=-1), x.chunk(2, dim=-1)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=-1)
+    return out
+
+class BlockAttention(torch.autograd.Function):
+    """`attend`, causal: a block of queries of some heads at a time, with all keys up to the block's last one.
+
+    P = exp(q k^T / sqrt(C)) is kept for the gradient; see `block_attend` for why no maximum is taken out. With g' = g /
+    P's row sums: dv = P^T g', dS = P (g' v^T - g' . o), dq = dS k, dk = dS^T q. What dS subtracts comes out of the
+    product, by one channel more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, T, H, C), k and v (B, T, K, C) -> (B, T, H, C)."""
+        batch, ctx.group = len(q), q.size(2) // k.size(2)
+        q, (k, v) = split_heads(q, ctx.group), (split_heads(t, 1).squeeze(1) for t in (k, v))
+        kt, causal = k.mT * q.size(-1) ** -0.5, k.new_ones(QUERIES, QUERIES).tril()
+        o, sums, kept = torch.empty_like(q), q.new_empty(*q.shape[:3], 1), []
+        for n, i, j in query_blocks(q):
+            p = torch.bmm(q[n, :, i:j].flatten(1, 2), kt[n, :, :j]).exp_()
+            p.unflatten(1, (-1, j - i))[..., i:].mul_(causal[: j - i, : j - i])
+            total = p.sum(-1, keepdim=True)
+            sums[n, :, i:j] = total.unflatten(1, (-1, j - i))
+            o[n, :, i:j] = torch.bmm(p, v[n, :j]).div_(total).unflatten(1, (-1, j - i))
+            kept.append(p)
+        ctx.save_for_backward(q, k, v, o, sums, *kept)
+        return join_heads(o, batch)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, o, sums, *kept = ctx.saved_tensors
+        batch, scale = len(g), g.size(-1) ** -0.5
+        g1 = g.new_empty(*q.shape[:3], q.size(3) + 1)  # g' and -g' . o
+        g_ = torch.div(split_heads(g, ctx.group), sums, out=g1[..., :-1])
+        torch.sum(g_ * o, -1, keepdim=True, out=g1[..., -1:]).neg_()
+        v1 = torch.cat((v.mT, v.new_ones(len(v), 1, v.size(1))), 1)
+        dq, dk, dv, k = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), k * scale
+        for p, (n, i, j) in zip(kept, query_blocks(q), strict=True):
+            g_ = g1[n, :, i:j].flatten(1, 2)
+            dv[n, :j].baddbmm_(p.mT, g_[..., :-1])
+            ds = torch.bmm(g_, v1[n, :, :j]).mul_(p)
+            dq[n, :, i:j] = torch.bmm(ds, k[n, :j]).unflatten(1, (-1, j - i))
+            dk[n, :j].baddbmm_(ds.mT, q[n, :, i:j].flatten(1, 2), alpha=scale)
+        return join_heads(dq, batch), join_heads(dk.unsqueeze(1), batch), join_heads(dv.unsqueeze(1), batch)
+
+def query_blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """(entries of the batch, first query, last query and key + 1) of each block of q (N, group, T, C)."""
+    entries, group, length, _ = q.shape
+    count = max(1, SCORES // (group * QUERIES * length))
+    for n, i in itertools.product(range(0, entries, count), range(0, length, QUERIES)):
+        yield slice(n, n + count), i, min(i + QUERIES, length)
+
+def split_heads(x: Tensor, group: int) -> Tensor:
+    """(B, T, K * group, C) -> (B * K, group, T, C), in one piece."""
+    return x.transpose(1, 2).contiguous().unflatten(1, (-1, group)).flatten(0, 1)
+
+def join_heads(x: Tensor, batch: int) -> Tensor:
+    """Inverse of split_heads, a view."""
+    return x.view(batch, -1, *x.shape[2:]).transpose(1, 2)
+
+def block_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """BlockAttention for training, where there is room for P and exp cannot overflow: a score is at most |q| |k| /
+    sqrt(C), with normalized heads gain sqrt(C). PyTorch's forward pass alone is as fast."""
+    small = q.size(0) * q.size(2) * q.size(1) ** 2 <= KEPT_SCORES
+    if small and mask is None and q.size(1) == k.size(1) and q.size(3) == v.size(3) and torch.is_grad_enabled():
+        largest = math.prod(torch.linalg.vector_norm(t.detach(), dim=-1).amax().item() for t in (q, k))
+        if largest * q.size(-1) ** -0.5 < 60:  # else, or where it is not a number
+            return BlockAttention.apply(q, k, v)
+    return attend(q, k, v, mask)
+
+class RowMLP(torch.autograd.Function):
+    """down(rms_norm(relu(up(x))^2)), a few rows at a time. The norm scales the result instead of the hidden layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:  # noqa: ARG004
+        """x (N, D), latent matrices, stored matrices (hidden, D) and (D, hidden)."""
+        u, y, rho = x.new_empty(len(x), len(w_up)), x.new_empty(len(x), len(w_down)), x.new_empty(len(x), 1)
+        for x_, u_, y_, rho_ in zip(*(t.split(ROWS) for t in (x, u, y, rho)), strict=True):
+            h = torch.mm(x_, w_up.T, out=u_).clamp_min_(0).square()
+            torch.mm(h, w_down.T, out=y_).mul_(rho_.copy_(inverse_rms(h)))
+        ctx.save_for_backward(x, u, y, rho, w_up, w_down)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, u, y, rho, w_up, w_down = ctx.saved_tensors
+        dx, d_up, d_down = torch.empty_like(x), torch.zeros_like(w_up), torch.zeros_like(w_down)
+        for x_, u_, y_, rho_, g_, dx_ in zip(*(t.split(ROWS) for t in (x, u, y, rho, g, dx)), strict=True):
+            h = u_.square()
+            along = (g_ * y_).sum(1, keepdim=True).mul_(rho_.square()).mul_(2 / h.size(1))
+            g2 = g_ * rho_ * 2  # the 2 of relu^2's derivative, 2 u
+            d_down.addmm_(g2.T, h, alpha=0.5)
+            du = torch.addcmul(g2 @ w_down, h, along, value=-1).mul_(u_)
+            d_up.addmm_(du.T, x_)
+            torch.mm(du, w_up, out=dx_)
+        return dx, d_up, d_down, None, None
+
+def row_mlp(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+    """`relu2_mlp`: as one function where nothing else happens to the two matrices' inputs."""
+    if (type(up).forward, type(down).forward) != (QuantizedLinear.forward, NormedLinear.forward):
+        return relu2_mlp(x, up, down)
+    y = RowMLP.apply(x.flatten(0, -2), up.weight, down.weight, up.stored(x.dtype), down.stored(x.dtype))
+    return y.unflatten(0, x.shape[:-1])
+
+# The poly softcap is cap * clip(f(u), -1, 1) with f(u) = u - u^3/3 + u^5/15. f grows everywhere: it is cap * f of u
+# clipped where f is 1. With b = u^2 - 3/2, f' = b^2/3 + 1/4 and f = u (3 + f' - 2/3 b) / 5; with a = u^2 - 5/2,
+# f = u (a^2/15 + 7/12): as few passes over memory as it takes.
+POLY_LIMIT = 1.6898605928768917
+
+def clip(x: Tensor, limit: float) -> bool:
+    """Clip x in place; whether there was anything to clip."""
+    low, high = torch.aminmax(x)
+    if beyond := max(-low.item(), high.item()) > limit:
+        x.clamp_(-limit, limit)
+    return beyond
+
+def with_bias(e: Tensor, table: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, E), (V, E), (V,) -> (N, E + 1), (E + 1, V), whose product is e @ table.T + bias."""
+    return torch.cat((e, e.new_ones(len(e), 1)), 1), torch.cat((table.T, bias[None]))
+
 class ChunkedPolyLoss(torch.autograd.Function):
-    """Output projection, poly softcap and loss on a CPU: a few rows of logits at a time, which stay in the cache, and
-    their gradient at once, so that the (B * T, V) logits never exist. `summed_loss` is the same, plainly."""
+    """Output projection, poly softcap and loss: a few rows of logits at a time, and their gradient at once, so that the
+    (B * T, V) logits never exist. `summed_loss` is the same, plainly."""
 
     @staticmethod
     def forward(
         ctx: Any, e: Tensor, table: Tensor, bias: Tensor, y: Tensor, cap: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
         """e (N, E), table (V, E), bias (V,), y (N,) -> what is minimized and cross entropy, summed."""
-        de, dtable, dbias = torch.empty_like(e), torch.zeros_like(table), torch.zeros_like(bias)
-        loss, total = e.new_zeros(()), e.new_zeros(())
-        rows = max(16, 2**19 // table.size(0))
-        for e_part, y_part, de_part in zip(e.split(rows), y.split(rows), de.split(rows), strict=True):
-            u = torch.addmm(bias, e_part, table.T).div_(cap).clamp_(-2, 2)
-            u2 = u.square()
-            value = (u2 / 15).sub_(1 / 3).mul_(u2).add_(1).mul_(u)
-            slope = (u2 / 3).sub_(1).mul_(u2).add_(1).mul_(value.abs() < 1)  # of the softcap: 0 where it clips
-            p = value.clamp_(-1, 1).mul_(cap)
-            target = p.gather(1, y_part[:, None]).squeeze(1)
-            total_exp = p.exp_().sum(1)  # |logits| <= cap: no maximum needs to be taken out
-            lse = total_exp.log()
+        e1, table1 = with_bias(e, table, bias)
+        de, dtable1, (loss, total) = torch.empty_like(e), torch.zeros_like(table1), e.new_zeros(2).unbind()
+        unit, rows = 0.6 * cap, max(128, LOGITS // len(table))
+        table1 *= 0.6  # w = unit * u, so that the capped logit is w + w (slope - 2/3 b) / 3
+        buffers = e.new_empty(3, min(rows, len(e)), len(table))
+        for e_, y_, de_ in zip(e1.split(rows), y[:, None].split(rows), de.split(rows), strict=True):
+            w, b, slope = buffers[:, : len(e_)]
+            inside = w.abs() < POLY_LIMIT * unit if clip(torch.mm(e_, table1, out=w), POLY_LIMIT * unit) else None
+            torch.addcmul(e.new_tensor(-1.5), w, w, value=unit**-2, out=b)
+            torch.addcmul(e.new_tensor(0.25), b, b, value=1 / 3, out=slope)
+            w.addcmul_(w, torch.add(slope, b, alpha=-2 / 3, out=b), value=1 / 3)
+            target = w.gather(1, y_)
+            sums = w.exp_().sum(1, keepdim=True)  # |logits| <= cap: no maximum needs to be taken out
+            lse = sums.log()
             nats = (lse - target).sum()
             loss += nats + z_loss * lse.square().sum()
             total += nats
-            p.mul_(((1 + 2 * z_loss * lse) / total_exp)[:, None])
-            p.scatter_add_(1, y_part[:, None], p.new_full((len(y_part), 1), -1.0)).mul_(slope)
-            torch.mm(p, table, out=de_part)
-            dtable.addmm_(p.T, e_part)
-            dbias += p.sum(0)
-        ctx.save_for_backward(de, dtable, dbias)
+            share = (1 + 2 * z_loss * lse).div_(sums)  # the logits' gradient is this times w, less 1 at the target
+            w.scatter_add_(1, y_, -1 / share).mul_(slope if inside is None else slope.mul_(inside))
+            torch.mm(w, table, out=de_).mul_(share)
+            dtable1.addmm_((e_ * share).T, w)
+        ctx.save_for_backward(de, dtable1)
         ctx.mark_non_differentiable(total)
         return loss, total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple:
-        return *(t.mul_(g) for t in ctx.saved_tensors), None, None, None
-
-def loss_operands(model: GPT, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Inputs of the output table (N, E), latent and stored table (V, E), bias (V,), targets (N,)."""
-    e, weight = model.embed_out(h).flatten(0, 1), model.output.weight
-    return e, weight, model.output.stored(e.dtype), as_stored(model.vocab_bias), y.flatten()
+        de, dtable1 = (t * g for t in ctx.saved_tensors)
+        return de, dtable1[:-1].T, dtable1[-1], None, None, None, None
 
 def chunked_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     e, weight, stored, *targets = loss_operands(model, h, y)
     return ChunkedPolyLoss.apply(e, StraightThrough.apply(weight, stored), *targets, model.cfg.logit_softcap, z_loss)
+
+def chunked_nats(model: GPT, h: Tensor, y: Tensor, temperatures: Tensor) -> Tensor:
+    """`target_nats` of poly softcapped logits, without a gradient, a few rows of them at a time."""
+    e, _, table, bias, targets = loss_operands(model, h, y)
+    cap, nats, rows = model.cfg.logit_softcap, e.new_empty(len(temperatures), len(e)), max(128, LOGITS // len(table))
+    e1, table1 = with_bias(e, table, bias)
+    buffers = e.new_empty(2, min(rows, len(e)), len(table))
+    for e_, y_, nats_ in zip(e1.split(rows), targets[:, None].split(rows), nats.split(rows, dim=1), strict=True):
+        w, a = buffers[:, : len(e_)]
+        clip(torch.mm(e_, table1, out=w), POLY_LIMIT * cap)
+        torch.addcmul(e.new_tensor(-2.5), w, w, value=cap**-2, out=a)
+        w.mul_(torch.addcmul(e.new_tensor(7 / 12), a, a, value=1 / 15, out=a))
+        for t, out in zip(temperatures.tolist(), nats_, strict=True):
+            lse = torch.mul(w, 1 / t, out=a).exp_().sum(1).log_()
+            torch.sub(lse, w.gather(1, y_).squeeze(1), alpha=1 / t, out=out)
+    return nats.view(-1, *y.shape)
 
 def fused_loss(model: GPT, h: Tensor, y: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     cap, poly = model.cfg.logit_softcap, model.cfg.softcap_type == "poly"
@@ -2965,8 +3237,10 @@ class Clipping(Hook):
     """All gradients scaled down to a common norm of at most GRAD_CLIP_NORM."""
 
     def after_gradients(self) -> bool:
-        flat, *shards = own = self.step.grads.own()
-        squares = self.step.world.sum_(sum(g.square().sum() for g in shards)) + flat.square().sum()
+        # float64, so that the order of the sum, and with it the number of processes, does not show
+        own = self.step.grads.own()
+        flat, *shards = (g.square().sum(dtype=torch.float64) for g in own)
+        squares = self.step.world.sum_(sum(shards)) + flat
         for g in own:
             g *= (self.step.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
         return True
@@ -2977,7 +3251,7 @@ class Averaging(Hook):
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__(step)
-        self._params = [p for opt in step.optimizers for group in opt.param_groups for p in group["params"]]
+        self._params = [p for opt in step.optimizers for p in opt.params]
         self._shadow: list[Tensor] = []
 
     @torch.no_grad()
@@ -3082,7 +3356,7 @@ class Fro(NeoMuon):
 
 MATRIX_OPTIMIZERS |= {"muon_plain": MuonPlain, "normuon": NorMuon, "normuon126": NorMuon126,
                       "fro": Fro, "fro_stable": Fro,
-                      "adamw": lambda shards, cfg, _: adam(shards, cfg, cfg.adam_lr, cfg.adam_wd)}  # fmt: skip
+                      "adamw": lambda shards, cfg, _: Adam(shards, cfg, cfg.adam_lr, cfg.adam_wd)}  # fmt: skip
 
 # Matrices, and what happens to their inputs
 

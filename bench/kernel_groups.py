@@ -147,11 +147,11 @@ def group_of(call: Call, shapes: Shapes) -> str:
     names = list(call.names())
     if any(COMMUNICATION.search(name) for name in names):
         return "communication"
+    if any("AccumulateGrad" in name or "_foreach_add_" in name for name in names):  # the latter since `Gradients.compute` adds
+        return "gradient accumulation"
     backward = any(name.startswith("autograd::engine::evaluate_function") for name in names)
     if not backward and FORWARD not in names:
         return "optimizer"
-    if any("AccumulateGrad" in name for name in names):
-        return "gradient accumulation"
     if any(ATTENTION.search(name) for name in names if not FUSED.match(name)):
         return f"attention, {'backward' if backward else 'forward'}"
     if any(HEAD.search(name) for name in names if name != FORWARD):

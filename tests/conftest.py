@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -60,6 +61,11 @@ def tiny_model(seed: int = 0, scale: float = 1.0, **settings: object) -> train_g
         for _, _, p, role in train_gpt.parameter_owners(model):
             p.add_(torch.randn_like(p) * (0.1 if role.storage == "control" else 0.03) * scale)
     return model
+
+
+def gpu_ops(cfg: train_gpt.Config) -> train_gpt.Ops:
+    """A GPU's operations that do not need Triton, on any device: what a CPU has in 16 bits."""
+    return train_gpt.fast_ops(dataclasses.replace(cfg, precision="bf16"), torch.device("cpu"))
 
 
 def tokens(model: train_gpt.GPT, batch: int = 2, length: int = 0, seed: int = 0) -> torch.Tensor:

@@ -20,13 +20,15 @@ from step_worker import flops_a_token, matmul_shapes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from train_gpt import Ops
+
 BEFORE_TRAINING_STEP = "bc9fca9"  # the last commit whose train() puts the step together itself
 
 
 @pytest.mark.parametrize("settings", [{}, {"embed_dim": 0, "num_layers": 2, "mlp_mult": 3}])
 def test_model_flops_are_pytorchs_count(settings):
     """All products of a training step; PyTorch's plain attention computes the masked half too, ours does not count it."""
-    model = tiny_model(**settings)
+    model = tiny_model(**settings).use(Ops())
     cfg, flops = model.cfg, flops_a_token(model, torch.device("cpu"))
     x = torch.randint(cfg.vocab_size, (2, cfg.train_seq_len))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

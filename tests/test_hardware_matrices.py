@@ -10,7 +10,7 @@ import gemm
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, tiny_config, tiny_model
+from conftest import ROOT, TINY, gpu_ops, launch, tiny_config, tiny_model
 
 import train_gpt
 from train_gpt import (
@@ -323,7 +323,8 @@ def test_the_table_of_shapes_decides_who_computes_weight_gradients(monkeypatch):
     calls, launched = [], train_gpt.split_weight_gradient
     monkeypatch.setattr(train_gpt, "split_weight_gradient", lambda *a: calls.append(a[2]) or launched(*a))
     monkeypatch.setattr(train_gpt, "SPLIT_SUMS", {(64, 128): 2})
-    model = tiny_model(num_layers=1)  # computes through fast_ops; the plain operations leave gradients to PyTorch
+    model = tiny_model(num_layers=1)
+    model.use(gpu_ops(model.cfg))  # the plain operations leave gradients to PyTorch
     x, y = batch(model, 2)
     training_loss(model, x, y, 0.0)[0].backward()
     assert calls == [2]  # that of `down`

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch, tiny_config, tiny_model
+from conftest import ROOT, gpu_ops, launch, tiny_config, tiny_model
 
 import train_gpt
 from train_gpt import SOFTCAPS, FusedLoss, Ops, QKNormRope, fast_ops, rms_norm, token_nats, training_loss
@@ -66,15 +66,18 @@ STORED = {"matmul": "StoredMatmul", "normed_matmul": "normed_stored_matmul", "lo
 FOLDED = STORED | {"normed_matmul": "NormedMatmul"}
 KERNELS = {"qk_norm_rope": "QKNormRope", "mlp": "fused_mlp"}
 FUSED = KERNELS | {"loss": "fused_loss"}
+ROWS = {"rms_norm": "RowNorm", "normed_matmul": "row_normed_matmul", "qk_norm_rope": "RowQKNormRope", "attend": "block_attend", "mlp": "row_mlp"}
+CHUNKS = {"loss": "chunked_loss", "nats": "chunked_nats"}
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({}, {"loss": "chunked_loss"}),
-    ({"softcap_type": "tanh"}, {}),
+    ({}, ROWS | CHUNKS),
+    ({"softcap_type": "tanh"}, ROWS),
     ({"precision": "bf16"}, {}),
-    ({"logit_softcap": 60}, {"loss": "chunked_loss"}),
-    ({"logit_softcap": 61}, {}),  # logits whose exponential might overflow
-    ({"logit_head_type": "tversky"}, {}),  # no table to multiply with
+    ({"logit_softcap": 60}, ROWS | CHUNKS),
+    ({"logit_softcap": 61}, ROWS),  # logits whose exponential might overflow
+    ({"logit_head_type": "tversky"}, ROWS),  # no table to multiply with
+    ({"attention_window": 8}, {name: f for name, f in (ROWS | CHUNKS).items() if name != "attend"}),
 ])  # fmt: skip
 def test_what_a_cpu_computes_with(settings, expected):
     assert exchanged(tiny_config(**settings), torch.device("cpu")) == STORED | expected
@@ -119,7 +122,6 @@ def test_flash_attention_runs_where_it_is_installed_and_can(gpu, monkeypatch):
     sizes = {"num_heads": 16}, {"model_dim": 1056}, {"diff_attn": 1, "num_heads": 8}  # heads of 4, 264, and 8 in two halves
     for major, settings in ((10, {}), (8, {}), (9, {"precision": "fp32"}), *((9, size) for size in sizes)):
         assert fast_ops(tiny_config(**settings), gpu(major)).attend is train_gpt.attend, settings
-    assert fast_ops(tiny_config(), torch.device("cpu")).attend is train_gpt.attend
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -299,7 +301,7 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path):
 
 def with_kernels(model):
     """The model as it computes on a GPU that runs them."""
-    return model.use(train_gpt.kernel_ops(model.cfg, fast_ops(model.cfg, torch.device(DEVICE))))
+    return model.use(train_gpt.kernel_ops(model.cfg, gpu_ops(model.cfg)))
 
 
 def gradients(function, model, x, y):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import fresh_model, tiny_config, tiny_model, tokens
+from conftest import fresh_model, gpu_ops, tiny_config, tiny_model, tokens
 
 import train_gpt
 from train_gpt import (
@@ -221,7 +221,8 @@ def test_controls_enter_at_sixteen_bits():
 
 def test_the_training_graph_compiles_to_one_graph_with_the_same_gradients():
     """fullgraph, static shapes: what a GPU run does; here with the aot_eager backend, which needs no C++ compiler."""
-    model = tiny_model(num_layers=2, softcap_type="tanh")  # the path a GPU takes: no chunks in the loss
+    model = tiny_model(num_layers=2)
+    model.use(gpu_ops(model.cfg))
     x = tokens(model)
     y = x.roll(-1, 1)
     grads = []

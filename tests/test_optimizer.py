@@ -50,7 +50,7 @@ def test_every_parameter_is_in_one_optimizer_and_learns_after_one_step(settings)
     torch.manual_seed(0)
     model, world = fresh_model(cfg), World()
     take_step = TrainingStep(model, cfg, world)
-    memory = [range(p.data_ptr(), p.data_ptr() + 4 * p.numel()) for opt in take_step.optimizers for group in opt.param_groups for p in group["params"]]
+    memory = [range(p.data_ptr(), p.data_ptr() + 4 * p.numel()) for opt in take_step.optimizers for p in opt.params]
     for name, p in model.named_parameters():
         assert p.numel() == 0 or sum(p.data_ptr() in span for span in memory) == 1, name
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -159,4 +159,4 @@ def test_stage_scales_every_group_from_its_base():
     model = tiny_model()
     optimizers = build_optimizers(model, cfg, World(), Gradients(model, World()).banks)
     apply_stage(optimizers, schedule(cfg, 0, 0.9))
-    assert sorted({round(g["lr"], 6) for o in optimizers for g in o.param_groups}) == [0.01, 0.02]
+    assert sorted({round(o.group["lr"], 6) for o in optimizers}) == [0.01, 0.02]

@@ -98,7 +98,7 @@ def by_hand(name, gradients, momentum, cfg):
 OF_OTHERS = ["muon_plain", "normuon", "normuon126", "fro", "fro_stable"]  # neomuon: test_optimizer.py
 
 
-def optimizer_of(p: torch.nn.Parameter, name: str, **settings: object) -> torch.optim.Optimizer:
+def optimizer_of(p: torch.nn.Parameter, name: str, **settings: object) -> train_gpt.Optimizer:
     return MATRIX_OPTIMIZERS[name]([p], tiny_config(matrix_optimizer=name, **settings), World())
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, fresh_model, tiny_config, tiny_model, tokens, train_steps
+from conftest import ROOT, fresh_model, gpu_ops, tiny_config, tiny_model, tokens, train_steps
 
 import train_gpt
 from train_gpt import Hook, Log, TrainingStep, UserError, ValidationSet, World, batch_layout, train, training_loss
@@ -83,7 +83,7 @@ class Recording(Hook):
         self.weights.append(self.step.model.table.weight.detach().clone())
 
     def after_gradients(self):
-        self.moments.append(("after_gradients", self.step.optimizers[1].param_groups[0]["lr"]))
+        self.moments.append(("after_gradients", self.step.optimizers[1].group["lr"]))
         return len(self.weights) != 2
 
     def after_step(self, step, progress):
@@ -151,7 +151,7 @@ def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
     cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2, num_layers=2)
     world, log = World(), silent_log()
-    run = train(fresh_model(cfg), cfg, world, log, ValidationSet.load(cfg, world))
+    run = train(fresh_model(cfg).use(gpu_ops(cfg)), cfg, world, log, ValidationSet.load(cfg, world))
     assert run["late_graphs"] == 0 and len(graphs) > 8
     assert sum(re.fullmatch(r"startup:[1-9]\d*ms", line) is not None for line in log.lines) == 1
     torch._dynamo.reset()
