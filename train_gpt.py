@@ -1681,7 +1681,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: 
     jobs.append((starts[mine], firsts[mine], stride, compiled(score_windows, cfg, world)))
     positions = torch.arange(seq_len + 1, device=world.device)
 
-    @torch.no_grad()
+    @torch.no_grad()  # which holds for its own thread alone
     def nats_and_targets(batch: tuple) -> Tensor:
         start, first, tail, score, size = batch
         missing = size - len(start)  # the last batch is filled up, so that shapes stay static
@@ -1715,7 +1715,7 @@ def calibrate_temperature(model: GPT, x: Tensor, y: Tensor, world: World) -> flo
     grid = torch.tensor(TEMPERATURES, device=x.device)
     step, half = max(1, model.cfg.micro_batch_tokens // x.size(1)), x.size(1) // 2
 
-    @torch.no_grad()
+    @torch.no_grad()  # which holds for its own thread alone
     def summed_nats(i: int) -> Tensor:
         h, targets = model.hidden(x[i : i + step])[:, half:], y[i : i + step, half:]
         return model.ops.nats(model, h, targets, grid).sum((1, 2), dtype=torch.float64)
