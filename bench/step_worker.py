@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import inspect
 import json
 import math
 import os
