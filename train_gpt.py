@@ -44,6 +44,7 @@ import operator
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -56,6 +57,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -103,6 +105,9 @@ class Settings:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 where a GPU has it")
     compile_mode: Literal["default", "none", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = setting(
         "default", "of torch.compile, on a GPU")  # fmt: skip
+
+    kernels: str = setting("auto", "fast operations: auto: what passes the self-check; off; or names: loss,qk,mlp")
+    kernels_strict: bool = setting(False, "a fast operation that fails the self-check ends the run")
 
     # 599 leaves 1 s for the step that is under way at the end
     max_wallclock_seconds: float = setting(599.0, "of training; 0: no cap", least=0, group="Budget: what ends first")
@@ -257,6 +262,8 @@ ORDINARY = dict(pair.split(":") for pair in """
 def meant(name: str) -> str:
     return f"did you mean {name}?" if name else "there is nothing like it here"
 
+TAKEN = {"VOCAB_SIZE": "tokenizer", "MICRO_BATCH_TOKENS": "memory"}  # where nobody says it
+
 class Sources(NamedTuple):
     """Who set what: names of settings that the environment holds."""
 
@@ -275,7 +282,7 @@ class Sources(NamedTuple):
         default, differ = Config(), defaultdict(list)
         for f in dataclasses.fields(cfg):
             name, value = f.name.upper(), getattr(cfg, f.name)
-            source = "environment" if name in self.user else "preset" if name in self.preset else "tokenizer"
+            source = "environment" if name in self.user else "preset" if name in self.preset else TAKEN.get(name, "")
             source = "artifact" if cfg.eval_only and f.metadata["model"] else source
             if value != getattr(default, f.name) and (f.name != "run_id" or name in self.user):
                 differ[source].append(f"{name}={int(value) if isinstance(value, bool) else value}")
@@ -396,6 +403,11 @@ class World:
         """Whether this process prints; needs no other process, so it works when joining fails."""
         rank = env.get("RANK", "0")
         return rank == "0" or not rank.isdecimal() or env.get("WORLD_SIZE", "1") in ("0", "1")
+
+    @staticmethod
+    def name(env: Mapping[str, str] = os.environ) -> str:
+        """This process among all, for a traceback."""
+        return f"rank {env.get('RANK', '0')} of {env.get('WORLD_SIZE', '1')}"
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -557,6 +569,31 @@ def hold(handle: int, wait: bool = False) -> bool:
         pass
     return True
 
+def since_launch_s() -> float:
+    """Seconds since the process was started (Linux; elsewhere 0)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+def within_memory(cfg: Config, compute: Callable[[Config], Any]) -> Any:
+    """compute(cfg), on a GPU whose memory is too small for it again with half of MICRO_BATCH_TOKENS."""
+    while True:
+        try:
+            return compute(cfg)
+        except torch.OutOfMemoryError:
+            if cfg.micro_batch_tokens <= cfg.train_seq_len:
+                raise
+        torch.cuda.empty_cache()
+        cfg = dataclasses.replace(cfg, micro_batch_tokens=cfg.micro_batch_tokens // 2)
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held at a time: of the GPU's memory, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
     if precision == "auto":
@@ -565,6 +602,14 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         recent = torch.compiler.is_compiling() or gpu and torch.cuda.get_device_properties(device).major >= 8
         precision = "fp32" if not gpu else "bf16" if recent else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """A user's file that cannot be read is a UserError; other errors of the system are not a user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 def write_whole(path: str | Path, data: bytes, keep: bool = False) -> None:
     """Write a file whole or not at all: an earlier one survives a full disk or a crash. `keep`: and stays in any case,
@@ -631,8 +676,9 @@ class TokenStream:
     def __init__(self, cfg: Config, split: str) -> None:
         self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
         if not self.paths:
-            raise FileNotFoundError(f"DATA_PATH={cfg.data_path!r}: no fineweb_{split}_*.bin there; see docs/data.md")
-        self._shards = [load_shard(path) for path in self.paths]
+            raise UserError(f"DATA_PATH={cfg.data_path!r}: no fineweb_{split}_*.bin there; see docs/data.md")
+        with readable():
+            self._shards = [load_shard(path) for path in self.paths]
         self._ends = np.cumsum([len(s) for s in self._shards])
         self._vocab_size = cfg.vocab_size
         self.num_tokens = int(self._ends[-1])
@@ -1507,9 +1553,11 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     if step < cfg.iterations:
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
     take_step.share_latent()
-    check_replicas(model, world)
+    agree = replicas_agree(model, world)
+    if not agree:
+        log("error: the processes' weights have drifted apart; what is exported is the first one's, and no valid run")
     return {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * steps_s / step,
-            "late_graphs": late_graphs, "first_losses": report.losses[:20]}  # fmt: skip
+            "late_graphs": late_graphs, "first_losses": report.losses[:20], "replicas_agree": agree}  # fmt: skip
 
 class StepReport:
     """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
@@ -1535,11 +1583,10 @@ def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed
     scored = f"val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f}"
     return f"step:{step}/{cfg.iterations} {scored} train_time:{1000 * elapsed_s:.0f}ms"
 
-def check_replicas(model: nn.Module, world: World) -> None:
-    """Every process must hold the same weights, bit for bit: an integer checksum of each is compared."""
+def replicas_agree(model: nn.Module, world: World) -> bool:
+    """Whether every process holds the same weights, bit for bit: an integer checksum of each is compared."""
     total = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters())
-    if len(set(world.gather(total.view(1)).tolist())) > 1:
-        raise RuntimeError("the processes' weights have drifted apart")
+    return len(set(world.gather(total.view(1)).tolist())) == 1
 
 
 # ---- 8 Artifact ------------------------------------------------------------------------------------------------------
@@ -1698,14 +1745,14 @@ def read_container(blob: bytes) -> Container:
         raise ArtifactError("the artifact's stream lengths do not add up")
     return Container(cfg, codec, temperature, [bytes(body[a:b]) for a, b in itertools.pairwise(ends)])
 
-def load_artifact(blob: bytes, precision: str = "auto") -> tuple[GPT, Config]:
+def load_artifact(blob: bytes, precision: str = "auto", compile_mode: str = "default") -> tuple[GPT, Config]:
     """A fresh, frozen model on the CPU, computing as a CPU does best, and its config (model settings from the artifact,
-    the rest defaults).
+    the rest defaults but for these two).
 
     ArtifactError (a ValueError) for anything that is not a whole, valid artifact; no code in it can run.
     """
     cfg, codec, temperature, streams = read_container(blob)
-    cfg = dataclasses.replace(cfg, precision=precision)
+    cfg = dataclasses.replace(cfg, precision=precision, compile_mode=compile_mode)
     with torch.device("meta"):  # shapes only: what the header claims is checked before anything is allocated
         layout = Layout(GPT(cfg))
     if 4 * layout.params > LARGEST_EXPANSION * len(blob):
@@ -1749,7 +1796,7 @@ def load_tokenizer(path: str) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"TOKENIZER_PATH={path!r}: no such file; expected a SentencePiece model")
+        raise UserError(f"TOKENIZER_PATH={path!r}: no such file; expected a SentencePiece model")
     try:
         return SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError):
@@ -1792,8 +1839,10 @@ def read_manifest(data_path: str) -> dict[str, Any]:
     path = Path(data_path) / "manifest.json"
     if not path.is_file():
         return {}
+    with readable():
+        text = path.read_bytes()
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(manifest, dict):
@@ -1802,7 +1851,8 @@ def read_manifest(data_path: str) -> dict[str, Any]:
 
 def check_tokenizer(cfg: Config, manifest: dict[str, Any]) -> str:
     """SHA-256 of the tokenizer; UserError if the shards were made by another one."""
-    digest = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    with readable():
+        digest = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
     files = manifest.get("files") if isinstance(manifest.get("files"), dict) else {}
     made_by = manifest.get("tokenizer_sha256") or files.get("tokenizer.model", digest)
     if digest != made_by:
@@ -1904,12 +1954,16 @@ def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tens
     """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
     return model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], temperature.view(1))[0]
 
-@torch.no_grad()
 def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int = 0) -> tuple[float, float]:
     """(nats per token, bits per byte) of the validation split, every target scored once.
 
     Without a stride: chunked, temperature 1. With one: sliding windows, the model's temperature.
     """
+    return within_memory(cfg, lambda cfg: score_targets(model, val, cfg, world, stride))
+
+@torch.no_grad()
+def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
+    """`evaluate`, MICRO_BATCH_TOKENS at a time."""
     chunked = not stride
     seq_len, stride = (cfg.train_seq_len, cfg.train_seq_len) if chunked else (cfg.score_window, stride)
     temperature = torch.ones_like(model.temperature) if chunked else model.temperature
@@ -1996,12 +2050,11 @@ def git_commit() -> str:
 def gpu_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "none"
 
-def log_start(cfg: Config, world: World, ops: Ops, log: Log, said: Sources, notes: tuple[str, ...]) -> None:
+def log_start(cfg: Config, world: World, log: Log, said: Sources, notes: tuple[str, ...]) -> None:
     """The source, the versions and the resolved config: a run is reproduced from its log alone."""
     log(Path(__file__).read_bytes().decode(), console=False)  # bytes: line ends as they are
-    attention = {"flash": "FlashAttention-3", "block_attend": "blocks"}.get(ops.attend.__name__, "PyTorch SDPA")
     log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
-        f"device:{world.device.type} gpu:{gpu_name(world)} threads:{torch.get_num_threads()} attention:{attention} "
+        f"device:{world.device.type} gpu:{gpu_name(world)} threads:{torch.get_num_threads()} "
         f"precision:{compute_dtype(cfg.precision, world.device)}")
     log("config " + json.dumps(dataclasses.asdict(cfg)), console=False)
     for line in (*said.lines(cfg), *notes):
@@ -2059,8 +2112,24 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
 # ---- 11 Hardware (kernels) -------------------------------------------------------------------------------------------
 # What a machine does best: the same mathematics as plain PyTorch, and tested against it.
 
+# What KERNELS switches: names of operations of the table
+KERNELS = {"matmul": ("matmul", "normed_matmul", "lookup"), "norm": ("rms_norm",), "qk": ("qk_norm_rope",),
+           "attention": ("attend",), "mlp": ("mlp",), "loss": ("loss",), "score": ("nats",)}  # fmt: skip
+RULES.append(("kernels", lambda c: kernels_wanted(c) <= KERNELS.keys(), f"auto, off or some of {','.join(KERNELS)}"))
+
+def kernels_wanted(cfg: Config) -> set[str]:
+    return {"auto": set(KERNELS), "off": set()}.get(cfg.kernels, set(cfg.kernels.split(",")))
+
 def fast_ops(cfg: Config, device: torch.device) -> Ops:
-    """How this device computes a model of `cfg`, chosen once."""
+    """How this device computes a model of `cfg`, as far as KERNELS allows."""
+    return without(device_ops(cfg, device), KERNELS.keys() - kernels_wanted(cfg))
+
+def without(ops: Ops, names: Collection[str]) -> Ops:
+    """With the operations under these names of KERNELS computed plainly."""
+    return ops._replace(**{field: getattr(Ops(), field) for name in names for field in KERNELS.get(name, ())})
+
+def device_ops(cfg: Config, device: torch.device) -> Ops:
+    """What computes a model of `cfg` fastest here."""
     dtype = compute_dtype(cfg.precision, device)
     ops = Ops(matmul=StoredMatmul.apply, normed_matmul=normed_stored_matmul, lookup=StoredLookup.apply)
     if device.type != "cuda":
@@ -2086,6 +2155,296 @@ def plain_logits(cfg: Config) -> bool:
     """Whether logits come from a table, and their exponentials need no maximum taken out."""
     return cfg.logit_head_type == "standard" and cfg.logit_softcap <= 60
 
+# Before the clock starts, each fast operation is compared here with the plain one, at the run's own shapes: values and
+# every gradient. Then the compiled training loss, gradient by gradient, and the compiled score. What raises, hangs or
+# differs is switched off alone.
+
+class Bound(NamedTuple):
+    """How far an operation may be from the plain one."""
+
+    error: float  # root mean square of the difference, relative
+    factor: float  # how far their common factor may be from 1
+
+# Rounding makes some units in the last place of `error`, and hardly any of `factor`, since it goes up as often as down
+BOUNDS = {torch.float32: Bound(1e-4, 1e-4), torch.float16: Bound(1e-2, 5e-3), torch.bfloat16: Bound(3e-2, 1e-2)}
+EIGHT_BITS = Bound(0.2, 1.5e-2)
+DEADLINE_S = 300  # for an operation or a graph, with what it compiles
+
+class Differs(Exception):
+    """A fast operation is not the plain one."""
+
+class Checked(NamedTuple):
+    """What a run computes with, and why."""
+
+    ops: Ops
+    cfg: Config  # KERNELS without what is off; COMPILE_MODE=none where the compiled graph is at fault
+    report: dict[str, Any]  # for the result line
+    attention: AbstractContextManager = contextlib.nullcontext()  # within it
+
+def checked_ops(cfg: Config, world: World, log: Log) -> Checked:
+    """`fast_ops` without what fails the self-check, which runs on a GPU and, with KERNELS_STRICT=1, on a CPU."""
+    ops, clock = fast_ops(cfg, world.device), Clock(world)
+    checked = Checked(ops, cfg, {"kernels": {}, "kernels_off": {}})
+    if world.device.type != "cpu" or cfg.kernels_strict:
+        passed = passed_before(cfg, world)
+        if world.agree(passed.is_file()):
+            log(f"self_check: passed before ({passed})")
+        else:
+            checked = SelfCheck(cfg, world, log).run(ops)
+            errors = " ".join(f"{name}:{error:.1e}" for name, error in checked.report["kernels"].items())
+            log(f"self_check:{1000 * clock.finish():.0f}ms largest differences {errors}")
+            if world.is_main and not checked.report["kernels_off"]:
+                with contextlib.suppress(OSError):
+                    write_whole(passed, json.dumps(checked.report).encode())
+    attention = attention_name(checked.cfg, checked.ops, world.device)
+    fast = [name for name, fields in KERNELS.items()
+            if any(getattr(checked.ops, field) is not getattr(Ops(), field) for field in fields)]  # fmt: skip
+    log(f"kernels:{','.join(fast) or 'off'} attention:{attention}")
+    backends = attention_backends(world.device, kernels_wanted(checked.cfg))
+    return checked._replace(report=checked.report | {"attention": attention}, attention=backends)
+
+def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
+    """What computes attention; of PyTorch's own, which of them."""
+    name = {"flash": "FlashAttention-3", "block_attend": "blocks"}.get(ops.attend.__name__, "PyTorch SDPA")
+    if device.type == "cuda" and name == "PyTorch SDPA":
+        size = 1, cfg.num_heads, cfg.train_seq_len, cfg.head_dim
+        q, k = (torch.empty(size[0], n, *size[2:], dtype=compute_dtype(cfg.precision, device), device=device)
+                for n in (cfg.num_heads, cfg.num_kv_heads))  # fmt: skip
+        # the question is no public one
+        with contextlib.suppress(Exception), attention_backends(device, kernels_wanted(cfg)):
+            choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=cfg.num_heads != cfg.num_kv_heads)
+            name += f" {('math', 'FlashAttention-2', 'memory-efficient', 'cuDNN')[choice]}"
+    return name
+
+def passed_before(cfg: Config, world: World) -> Path:
+    """The file that says that this code has passed with these settings, on this kind of device, with these versions."""
+    device = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else platform.machine()
+    versions = torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), getattr(triton, "__version__", "")
+    settings = cfg.model_settings(), cfg.kernels, cfg.precision, cfg.compile_mode, cfg.score_stride
+    key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions
+    return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
+
+class SelfCheck:
+    """Compares the fast operations with the plain ones, on a model of the run's shapes with drawn weights."""
+
+    def __init__(self, cfg: Config, world: World, log: Log) -> None:
+        self.cfg, self.world, self.log = cfg, world, log
+        self.bound = EIGHT_BITS if cfg.act_quant == "fp8" else BOUNDS[compute_dtype(cfg.precision, world.device)]
+        self.errors: dict[str, float] = {}  # the largest of each operation
+        self.off: dict[str, str] = {}  # and the reason
+
+    def run(self, ops: Ops) -> Checked:
+        torch.manual_seed(0)
+        cfg, model = self.cfg, GPT(self.cfg).to(self.world.device)
+        draw_zeros(model)
+        _, sequences = batch_layout(cfg, self.world.size)
+        x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=self.world.device)
+        with rounded_once(model):
+            x, calls = self.calls(model, x)
+            while calls:
+                field, arguments = calls.pop()
+                if getattr(ops, field) is not getattr(Ops(), field) or field == "attend" and x.is_cuda:
+                    name = next(name for name, fields in KERNELS.items() if field in fields)
+                    self.attempt(name, functools.partial(self.operation, ops, field, arguments))
+            ops = without(ops, self.off.keys())
+            for graph in (self.training_graph, self.score_graph):
+                self.attempt("compile", functools.partial(graph, model, ops, x, compiled))
+            if "compile" in self.off:  # its own fault, or that of what it compiles?
+                as_it_is = lambda function, *_: function
+                self.attempt("all", functools.partial(self.training_graph, model, ops, x, as_it_is))
+        if "compile" in self.off:
+            cfg = dataclasses.replace(cfg, compile_mode="none")
+        if lost := KERNELS.keys() & self.off.keys() if "all" not in self.off else KERNELS.keys():
+            cfg = dataclasses.replace(cfg, kernels=",".join(sorted(kernels_wanted(cfg) - lost)) or "off")
+        report = {"kernels": self.errors, "kernels_off": self.off}
+        return Checked(Ops() if "all" in self.off else ops, cfg, report)
+
+    def calls(self, model: GPT, x: Tensor) -> tuple[Tensor, list[tuple[str, list]]]:
+        """Every operation with the arguments of its first call for each of their shapes; x, or the part of it that the
+        plain operations have memory for."""
+        while True:
+            try:
+                return x, first_calls(model, x, min(self.cfg.score_stride, x.size(1)))
+            except torch.cuda.OutOfMemoryError:
+                if len(x) == 1:
+                    raise
+                x = x[: len(x) // 2]
+
+    def attempt(self, name: str, check: Callable[[], float]) -> None:
+        """Runs a check; all processes together switch off what fails on one of them."""
+        if name in self.off:
+            return
+        reason = ""
+        if not self.world.is_main:
+            self.world.agree(0.0)  # waits, and then finds in the cache what rank 0 has compiled
+        try:
+            with deadline(DEADLINE_S):
+                self.errors[name] = max(self.errors.get(name, 0.0), check())
+        except Exception as error:  # whatever a compiler, a driver or a library raises
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
+        if self.world.is_main:
+            self.world.agree(0.0)
+        failed = self.world.sum_(torch.tensor(float(bool(reason)), device=self.world.device)).item()
+        if not failed:
+            return
+        self.off[name] = reason or "it failed on another process"
+        self.errors.pop(name, None)
+        if self.cfg.kernels_strict:
+            raise UserError(f"KERNELS_STRICT=1: {name}: {self.off[name]}")
+        what = "runs uncompiled, slowly" if name == "compile" else "is computed plainly"
+        self.log(f"warning: self-check: {name} {what}: {self.off[name]}")
+
+    def attention(self, fast: bool) -> AbstractContextManager:
+        """What PyTorch's attention runs on: as in the run, or in single operations."""
+        device, kernels = self.world.device, kernels_wanted(self.cfg) - self.off.keys()
+        return attention_backends(device, kernels) if fast else plain_attention(device)
+
+    def operation(self, ops: Ops, field: str, arguments: list) -> float:
+        """The largest error of an operation's values and gradients; Differs where one is beyond its bound."""
+        fast = getattr(ops, field)
+        if field == "attend":  # what cannot be part of a graph is found here
+            fast = compiled(fast, self.cfg, self.world)
+        with self.attention(True):
+            found = values_and_gradients(fast, arguments, field != "nats")
+        with self.attention(False):
+            expected = values_and_gradients(getattr(Ops(), field), arguments, field != "nats")
+        pairs = itertools.zip_longest(found, expected)
+        return max(self.difference(f"{field}, result {i}", *pair) for i, pair in enumerate(pairs))
+
+    def training_graph(self, model: GPT, ops: Ops, x: Tensor, compiler: Callable) -> float:
+        """The largest error of a parameter's gradient, of the loss compiled against plain and uncompiled."""
+        results, y = [], x.roll(-1, 1)
+        for kind, function in ((ops, compiler(model.parts.loss, self.cfg, self.world)), (Ops(), model.parts.loss)):
+            with self.attention(kind is ops):
+                loss, _ = function(model.use(kind), x, y, self.cfg.z_loss)
+                gradients = torch.autograd.grad(loss / x.numel(), list(model.parameters()), allow_unused=True)
+            results.append([loss.detach(), *gradients])
+        names = ["loss", *(name for name, _ in model.named_parameters())]
+        depth = 4.0  # errors of the layers add up
+        return max(self.difference(name, a, b, depth) for name, a, b in zip(names, *results, strict=True))
+
+    def score_graph(self, model: GPT, ops: Ops, x: Tensor, compiler: Callable) -> float:
+        """The same of the nats of the last targets of a window."""
+        tail, one, results = min(self.cfg.score_stride, x.size(1)), torch.ones((), device=x.device), []
+        with torch.no_grad():
+            for kind, function in ((ops, compiler(score_windows, self.cfg, self.world)), (Ops(), score_windows)):
+                with self.attention(kind is ops):
+                    results.append(function(model.use(kind), x, x.roll(-1, 1), tail, one))
+        return self.difference("nats of a score", *results)
+
+    def difference(self, what: str, found: Tensor | None, expected: Tensor | None, times: float = 1.0) -> float:
+        """Relative error; Differs if it, or the common factor, is beyond `times` the bound. A NaN is."""
+        if found is None or expected is None:
+            if found is not expected:
+                raise Differs(f"{what} is {'missing' if found is None else 'none of the plain one'}")
+            return 0.0
+        a, b = found.detach().float(), expected.detach().float()
+        square = b.square().sum(dtype=torch.float64)
+        if not square:
+            if a.any():
+                raise Differs(f"{what} is not 0")
+            return 0.0
+        factor = ((a * b).sum(dtype=torch.float64) / square).item()
+        error = ((a - b).square().sum(dtype=torch.float64) / square).sqrt().item()
+        if not abs(factor - 1) <= times * self.bound.factor:
+            raise Differs(f"{what} is {factor:.4f} times the plain one")
+        if not error <= times * self.bound.error:
+            raise Differs(f"{what} is off by {100 * error:.2g} %")
+        return error
+
+@torch.no_grad()
+def draw_zeros(model: nn.Module) -> None:
+    """Parameters that start at 0, as output projections do, would hide what feeds them."""
+    for p in model.parameters():
+        if not p.any():
+            p.normal_(0, 0.02)
+
+def first_calls(model: GPT, x: Tensor, tail: int) -> list[tuple[str, list]]:
+    """(operation, arguments) of the first call with arguments of these shapes, in a plain training loss and a score."""
+    calls: dict[tuple, tuple[str, list]] = {}
+
+    def recording(field: str, function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            key = field, *(tuple(a.shape) for a in arguments if isinstance(a, Tensor))
+            own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
+            calls.setdefault(key, (field, own))
+            return function(*arguments)
+
+        return call
+
+    model.use(Ops(*(recording(field, function) for field, function in Ops()._asdict().items())))
+    y, one = x.roll(-1, 1), torch.ones(1, device=x.device)
+    with plain_attention(x.device):
+        model.parts.loss(model, x, y, model.cfg.z_loss)
+        with torch.no_grad():
+            model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], one)
+    return list(calls.values())
+
+def values_and_gradients(function: Callable, arguments: list, differentiate: bool) -> list[Tensor | None]:
+    """The function's results, then the gradients of a random combination of them with respect to every argument and
+    parameter that has one."""
+    own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
+    wanted = [a for a in own if isinstance(a, Tensor) and a.requires_grad]
+    wanted += [p for a in own if isinstance(a, nn.Module) for p in a.parameters()]
+    with torch.set_grad_enabled(differentiate and bool(wanted)):
+        results = function(*own)
+    results = list(results) if isinstance(results, tuple) else [results]
+    if not (differentiate and wanted):
+        return results
+    torch.manual_seed(1)
+    # not randn_like, which draws in the order of the memory
+    ends = [(r, torch.randn(r.shape, dtype=r.dtype, device=r.device)) for r in results if r.requires_grad]
+    gradients = torch.autograd.grad([r for r, _ in ends], wanted, [g for _, g in ends], allow_unused=True)
+    return [*results, *gradients]
+
+def plain_attention(device: torch.device) -> AbstractContextManager:
+    """Attention in single operations, on a GPU."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """TimeoutError if the block takes longer and runs Python, as it does while it waits for a compiler's process."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+def fit_micro_batch(cfg: Config, world: World) -> Config:
+    """On a GPU: the largest MICRO_BATCH_TOKENS of 65,536, 32,768, ... that should fit into 4/5 of the free memory."""
+    if world.device.type != "cuda":
+        return cfg
+    free = torch.tensor([torch.cuda.mem_get_info(world.device)[0]], device=world.device)
+    room = 0.8 * min(world.gather(free).tolist()) - 20 * rough_params(cfg)  # weights, gradients and moments in float32
+    tokens = cfg.micro_batch_tokens
+    while tokens > cfg.train_seq_len and tokens * bytes_per_token(cfg, world.device) > room:
+        tokens //= 2
+    return dataclasses.replace(cfg, micro_batch_tokens=max(tokens, cfg.train_seq_len))
+
+def rough_params(cfg: Config) -> int:
+    matrices = 3 if cfg.activation == "swiglu" else 2
+    block = cfg.model_dim * (2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + matrices * cfg.mlp_dim)
+    return cfg.num_layers * block + (cfg.embed_dim or cfg.model_dim) * (cfg.vocab_size + 2 * cfg.model_dim)
+
+def bytes_per_token(cfg: Config, device: torch.device) -> int:
+    """What the forward pass of training keeps for the backward pass, roughly: compiled, a block's input, qkv, heads and
+    hidden layer, and the logits once; uncompiled, what every operation reads (by a tenth less: R018)."""
+    size = compute_dtype(cfg.precision, device).itemsize
+    plain = cfg.compile_mode == "none" or not compiles(device)
+    kept = 5 * cfg.model_dim + 3 * cfg.num_kv_heads * cfg.head_dim + (4 if plain else 2) * cfg.mlp_dim
+    logits = 24 * cfg.vocab_size if plain else 2 * size * cfg.vocab_size
+    return cfg.num_layers * (2 if plain else 1) * kept * size + logits
+
 class Reading:
     """A device scalar on its way to the host: `get()` waits for this value, not for what was queued after it."""
 
@@ -2107,25 +2466,19 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
 
     Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
     """
-    gpu = world.device.type == "cuda"
-    if not gpu or cfg.compile_mode == "none" or torch.cuda.get_device_capability(world.device) < (8, 9):
+    if cfg.compile_mode == "none" or not compiles(world.device):
         return function
     keep_compiled()
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
     return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
 
+def compiles(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
 def graphs_compiled() -> int:
     """Graphs that torch.compile has made so far: none should be added once the clock runs."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not loaded: nothing was compiled, and loading it takes a second
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-def since_launch_s() -> float:
-    """Seconds since the process was started (Linux; elsewhere 0)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 def keep_compiled() -> None:
     """Compiled kernels go to data/compile_cache, where the next run finds them: seconds, not minutes."""
@@ -2156,9 +2509,10 @@ def flash_attention_3(cfg: Config) -> Callable | None:
     window = cfg.attention_window - 1, 0 if cfg.attention_window else -1
     return flash
 
-def attention_backends(device: torch.device) -> contextlib.AbstractContextManager:
+def attention_backends(device: torch.device, kernels: Collection[str] = ("attention",)) -> AbstractContextManager:
     """cuDNN's attention first on Hopper, where PyTorch takes the slower FlashAttention-2; elsewhere its choice."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not hopper or "attention" not in kernels:
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -2880,23 +3234,41 @@ class Tiles(NamedTuple):
     stages: int
     persistent: bool  # one program a processor, which loads the next tile while it writes one
 
+# The last one is for GPUs with 99 KB of shared memory for a program; an H100 has 227
 TILES = [Tiles(128, 256, 128, 8, 3, True), Tiles(128, 256, 128, 8, 4, True), Tiles(128, 128, 128, 8, 4, True),
-         Tiles(128, 256, 128, 8, 3, False), Tiles(128, 128, 128, 4, 4, False)]  # fmt: skip
+         Tiles(128, 256, 128, 8, 3, False), Tiles(128, 128, 128, 4, 4, False),
+         Tiles(128, 128, 128, 8, 2, False)]  # fmt: skip
 TUNED: dict[tuple, Tiles] = {}
 
-def tuned(key: tuple, x: Tensor, launch: Callable[[Tiles], None]) -> Tiles:
-    """The fastest of TILES for what `key` names, timed when first asked for: in the warm-up, if there is one."""
+Launch = Callable[[Tiles], list[Tensor]]
 
-    def seconds(tiles: Tiles) -> float:
-        try:
-            return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=25, return_mode="median")
-        except Exception:  # too much shared memory, or what this GPU's compiler cannot do; the others may
-            return math.inf
-
-    key = (*key, x.dtype, x.device)
+def tuned(key: tuple, x: Tensor, launch: Launch, plain: Callable[[], list[Tensor]]) -> Tiles:
+    """The fastest of TILES for what `key` names and x's number of rows, timed when first asked for: in the warm-up, if
+    there is one. `launch` gives its results; `plain` what `end_rows` of each should be, in float32."""
+    key = (*key, len(x), x.dtype, x.device)
     if key not in TUNED:
-        TUNED[key] = min(TILES, key=seconds) if x.is_cuda else TILES[0]
+        TUNED[key] = fastest_tiles(key[0], launch, plain()) if x.is_cuda else TILES[0]
     return TUNED[key]
+
+def end_rows(x: Tensor) -> Tensor:
+    """The first and the last 128 rows, in float32."""
+    return torch.cat((x[:128], x[-128:])).float()
+
+def fastest_tiles(name: str, launch: Launch, expected: list[Tensor]) -> Tiles:
+    """RuntimeError if there are none that run here and compute what is expected."""
+    seconds, refused = {}, []
+    for tiles in TILES:
+        try:
+            errors = [(end_rows(a) - b).norm() / b.norm() for a, b in zip(launch(tiles), expected, strict=True)]
+            if not max(errors) < 0.05:  # 8 bits round by .027
+                raise Differs(f"off by {100 * max(errors):.2g} %")
+            run = functools.partial(launch, tiles)
+            seconds[tiles] = triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
+        except Exception as error:  # too much shared memory, or what this GPU's compiler cannot do; the others may
+            refused.append(f"{type(error).__name__}: {error}")
+    if not seconds:
+        raise RuntimeError(f"{name}: none of {len(TILES)} tiles runs here ({refused[0]})")
+    return min(seconds, key=seconds.__getitem__)
 
 def tile_programs(x: Tensor, tiles: Tiles, count: int) -> int:
     """Programs for `count` tiles of the result."""
@@ -2999,7 +3371,7 @@ def relu2_product(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtyp
     """
     (h, h8, _), parts = empty_relu2(x, w, scales, dtype), []
 
-    def launch(t: Tiles) -> None:
+    def launch(t: Tiles) -> list[Tensor]:
         k, across = t.k_bytes // x.element_size(), triton.cdiv(len(w), t.n)
         parts[:] = [torch.empty(2 * across, len(x), device=x.device)]
         outputs = described(h, t.m, t.n // 2), described(h if scales is None else h8, t.m, t.n // 2)
@@ -3007,9 +3379,14 @@ def relu2_product(x: Tensor, w: Tensor, scales: Tensor | None, dtype: torch.dtyp
             described(x, t.m, k), described(w, t.n, k), *outputs, parts[0], parts[0] if scales is None else scales,
             len(x), *w.shape, scales is not None, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
+        return [h, parts[0].sum(0)[:, None], *([h8] if scales is not None else [])]
 
-    launch(tuned(("relu2", w.shape), x, launch))
-    return h, h8, parts[0].sum(0)[:, None]
+    def plain() -> list[Tensor]:
+        product = end_rows(x) @ w.float().T if scales is None else end_rows(x) @ w.float().T * scales[0]
+        value = product.relu().square()
+        return [value, value.square().sum(1, keepdim=True), *([value * scales[1]] if scales is not None else [])]
+
+    return h, h8, launch(tuned(("relu2", w.shape), x, launch, plain))[1]
 
 def empty_relu2_gradient(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
     h, eight = operands[2], operands[-1] is not None
@@ -3026,7 +3403,7 @@ def relu2_gradient(
     """
     (g, g8), eight = empty_relu2_gradient(dy, w, h, rho, c, scales), scales is not None
 
-    def launch(t: Tiles) -> None:
+    def launch(t: Tiles) -> list[Tensor]:
         k, half = t.k_bytes // dy.element_size(), t.n // 2
         weight = described(w, t.n, k) if eight else described(w, k, t.n)
         blocks = described(g, t.m, half), described(g8 if eight else g, t.m, half)
@@ -3034,8 +3411,13 @@ def relu2_gradient(
             described(dy, t.m, k), weight, described(h, t.m, half), rho, c, *blocks, scales if eight else rho,
             len(h), h.size(1), dy.size(1), eight, t.m, t.n, k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
+        return [g]
 
-    launch(tuned(("relu2 gradient", w.shape), dy, launch))
+    def plain() -> list[Tensor]:
+        product = end_rows(dy) @ w.float().T * scales[0] if eight else end_rows(dy) @ w.float()
+        return [2 * end_rows(h).sqrt() * (end_rows(rho) * product - end_rows(c) * end_rows(h))]
+
+    launch(tuned(("relu2 gradient", w.shape), dy, launch, plain))
     return g, g8
 
 class FusedMLP(torch.autograd.Function):
@@ -3122,15 +3504,16 @@ def split_weight_gradient(g: Tensor, x: Tensor, splits: int) -> Tensor:
     """g.T @ x in float32 as `splits` sums over the rows, added up in one order: repeatable, unlike atomic additions."""
     parts = g.new_empty(splits, g.size(1), x.size(1), dtype=torch.float32)
 
-    def launch(t: Tiles) -> None:
+    def launch(t: Tiles) -> list[Tensor]:
         k, work = t.k_bytes // g.element_size(), splits * triton.cdiv(g.size(1), t.m) * triton.cdiv(x.size(1), t.n)
         split_gradient_kernel[tile_programs(g, t, work),](
             described(g, k, t.m), described(x, k, t.n), parts, len(g), splits, *parts.shape[1:], t.m, t.n, k,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
+        return [parts.sum(0)]
 
-    launch(tuned(("weight gradient", parts.shape), g, launch))
-    return parts.sum(0)
+    tiles = tuned(("weight gradient", parts.shape), g, launch, lambda: [end_rows(g.float().T @ x.float())])
+    return launch(tiles)[0]
 
 def fused_mlp(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     """`relu2_mlp` for x (..., D): as one function where nothing else happens to the two matrices' inputs. Not in
@@ -3455,13 +3838,15 @@ class Commitment(Hook):
         return True
 
 def commitment(w: Tensor, group_size: int, form: ScaleFormat) -> Tensor:
-    """Mean squared distance of latent weights, in units of their scale, from their codes, summed over w's n."""
+    """Mean squared distance of latent weights, in units of their scale, from their codes, summed over w's n. A group
+    whose scale is at its lower bound, as one of zeros is, has no pull: 1 / alpha would make it one of 1e8."""
     codes, groups = ternarize(w.detach(), group_size, form)[0], w.view(-1, group_size)
     if form.stat == "rms":
         alpha = groups.square().mean(-1, keepdim=True).clamp_min(1e-16).sqrt()
     else:
         alpha = groups.abs().mean(-1, keepdim=True).clamp_min(1e-8)
-    return (groups / alpha - codes).square().sum() * len(w) / w.numel()
+    distance = torch.where(alpha > 1e-8, groups / alpha - codes, 0.0)
+    return distance.square().sum() * len(w) / w.numel()
 
 class LossScaling(Hook):
     """Dynamic loss scale (arXiv:1710.03740), since in float16 gradients of activations would underflow: doubled after
@@ -3978,7 +4363,9 @@ class CorrectedTable(Part):
 class UntyingProjection(TableProjection):
     """`embed_out` until the output is untied, nothing from then on."""
 
-    untied = False
+    def __init__(self, in_dim: int, out_dim: int, fp_storage: str) -> None:
+        super().__init__(in_dim, out_dim, fp_storage)
+        self.untied = False  # each one's own from the start: a compiled graph asks where it finds it
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.untied else super().forward(x)
@@ -3990,11 +4377,9 @@ class UntyingOutput(nn.Module):
     without gradients, Adam leaves the head at 0.
     """
 
-    untied = False
-
     def __init__(self, cfg: Config, tied: nn.Module) -> None:
         super().__init__()
-        self.tied, self.head = tied, OutputHead(cfg)
+        self.tied, self.head, self.untied = tied, OutputHead(cfg), False
 
     @property
     def weight(self) -> Tensor:
@@ -4409,7 +4794,11 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
         f"kv:{cfg.num_kv_heads} ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
     params, ternary = count_parameters(model)
     check_room(cfg.artifact_path, ternary // 4 + 2 * (params - ternary))
-    run = train(model, cfg, world, log, val)
+    try:
+        run = train(model, cfg, world, log, val)
+    except torch.OutOfMemoryError as error:
+        too_much = f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}: too much for the memory of {gpu_name(world)}"
+        raise UserError(f"{too_much}; expected fewer ({str(error).splitlines()[0]})") from None
     with rounded_once(model):
         scores = evaluate(model, val, cfg, world)
     run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
@@ -4435,8 +4824,9 @@ def read_artifact(cfg: Config, said: Sources) -> tuple[bytes, Config]:
     """EVAL_ONLY: the artifact's bytes, and the config with its model settings."""
     path = Path(cfg.artifact_path)
     if not path.is_file():
-        raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
-    blob = path.read_bytes()
+        raise UserError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
+    with readable():
+        blob = path.read_bytes()
     return blob, artifact_config(cfg, read_container(blob).cfg, said.user)
 
 def fit_vocabulary(cfg: Config, said: Sources) -> tuple[Config, Sources]:
@@ -4445,34 +4835,45 @@ def fit_vocabulary(cfg: Config, said: Sources) -> tuple[Config, Sources]:
         return cfg, said
     return dataclasses.replace(cfg, vocab_size=pieces), said._replace(preset=said.preset - {"VOCAB_SIZE"})
 
-def main() -> None:
+def main() -> int:
+    """The exit code: 0, or 1 after a run that is not valid."""
+    since = [0.0, since_launch_s()]
     cfg, said, blob = Config.from_env(), Sources.from_env(), b""
     if cfg.eval_only:
         blob, cfg = read_artifact(cfg, said)
     else:
         cfg, said = fit_vocabulary(cfg, said)
     world = World.from_env()
+    if "MICRO_BATCH_TOKENS" not in said.user | said.preset:
+        cfg = fit_micro_batch(cfg, world)
     if not cfg.eval_only:
         for shape in cfg.step_shapes():
             batch_layout(cfg, world.size, shape)  # every process gets its share, or the run ends here
-    val, ops = ValidationSet.load(cfg, world), fast_ops(cfg, world.device)
+    val = ValidationSet.load(cfg, world)
     if not cfg.eval_only:
         check_writable(cfg.artifact_path)
     log = Log(cfg, world)
-    log_start(cfg, world, ops, log, said, val.notes)
-    result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)}
-    with attention_backends(world.device):
+    log_start(cfg, world, log, said, val.notes)
+    since.append(since_launch_s())
+    ops, cfg, kernels, attention = checked_ops(cfg, world, log)
+    since.append(since_launch_s())
+    parts = zip(("imports", "data", "self_check"), itertools.pairwise(since), strict=True)
+    log("setup " + " ".join(f"{part}:{1000 * (end - start):.0f}ms" for part, (start, end) in parts))
+    result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)} | kernels
+    with attention:
         if not cfg.eval_only:
             blob, run = train_and_export(cfg, world, ops, log, val)
             result |= run
         result["artifact_sha256"] = hashlib.sha256(blob).hexdigest()
-        model, _ = load_artifact(blob, cfg.precision)  # from here on, only what the bytes hold
+        model, _ = load_artifact(blob, cfg.precision, cfg.compile_mode)  # from here on, only what the bytes hold
         with rounded_once(model.to(world.device).use(ops)):
             result |= score_artifact(model, val, cfg, world, log)
     result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
-               "torch_version": torch.__version__, "git_commit": git_commit()}  # fmt: skip
+               "peak_memory_bytes": peak_memory_bytes(world.device), "torch_version": torch.__version__,
+               "git_commit": git_commit()}  # fmt: skip
     log("result " + json.dumps(result))
     world.close()
+    return 0 if result.get("replicas_agree", True) else 1
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM came: the run ends, and what it has half written goes. A second one ends it at once."""
@@ -4483,7 +4884,7 @@ def stop(number: int, frame: Any) -> None:  # noqa: ARG001
     raise Stopped(number)
 
 def run(arguments: list[str]) -> int:
-    """main() with a user's errors as one line on stderr and exit code 2."""
+    """main(), with a user's errors as one line on stderr and exit code 2; others keep their traceback."""
     try:
         if arguments in (["-h"], ["--help"]):
             with contextlib.suppress(BrokenPipeError):  # | head
@@ -4491,14 +4892,16 @@ def run(arguments: list[str]) -> int:
             return 0
         if arguments:
             raise UserError(f"{arguments[0]!r}: expected no argument but --help; settings are environment variables")
-        main()
-    except (UserError, OSError) as error:
+        return main()
+    except UserError as error:
         if World.speaks():
             print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends every process with the first one that fails: rank 0 must be heard before
         return 2
-    return 0
+    except Exception:
+        print(f"train_gpt.py: {World.name()} failed:", file=sys.stderr, flush=True)
+        raise
 
 def run_until_stopped(arguments: list[str]) -> int:
     """run(); after SIGINT and SIGTERM one line and exit code 130 or 143."""

@@ -293,3 +293,11 @@ def test_damaged_and_forged_artifacts_give_clean_errors():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 unexpected outcomes; kinds that took more than twice the model: none" in done.stdout
     assert sum(int(row.split("|")[4]) for row in done.stdout.splitlines() if row.startswith("| damaged")) == 100
+
+
+def test_a_reloaded_model_compiles_as_the_run_does():
+    """Its 8-bit weights are made by a compiled function, unless COMPILE_MODE=none."""
+    blob = save_artifact(tiny_model(act_quant="fp8"), tiny_config(act_quant="fp8"))
+    for mode in ("default", "none"):
+        model, cfg = load_artifact(blob, compile_mode=mode)
+        assert cfg.compile_mode == mode == model.cfg.compile_mode == model.blocks[0].mlp.up.cfg.compile_mode

@@ -32,7 +32,7 @@ def test_a_bad_header_or_length_is_refused(tmp_path, header, count, cut):
 
 
 def test_no_shards_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="DATA_PATH=.*fineweb_train"):
+    with pytest.raises(UserError, match="DATA_PATH=.*fineweb_train"):
         TokenStream(tiny_config(data_path=tmp_path), "train")
 
 
@@ -91,5 +91,5 @@ def test_validation_set_checks_tokenizer_and_counts(tmp_path, data_dir):
     (tmp_path / "no.model").write_bytes(b"this is no tokenizer")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         ValidationSet.load(tiny_config(data_path=data_dir, tokenizer_path=tmp_path / "no.model"), World())
-    with pytest.raises(FileNotFoundError, match="TOKENIZER_PATH"):
+    with pytest.raises(UserError, match="TOKENIZER_PATH"):
         ValidationSet.load(tiny_config(data_path=data_dir, tokenizer_path=tmp_path / "missing.model"), World())

@@ -89,6 +89,27 @@ def test_evaluate_does_not_depend_on_processes_or_batches():
         assert targets == length - 1 and nats / targets == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [8, 0])
+def test_a_score_that_does_not_fit_the_memory_is_taken_in_smaller_batches(stride, monkeypatch):
+    """Every batch of more than two windows is too much; one window must do."""
+    model, cfg = tiny_model(), tiny_config(micro_batch_tokens=512)
+    val = ValidationSet(torch.randint(320, (500,)), num_bytes=1000)
+    expected, hidden, most, sizes = evaluate(model, val, cfg, World(), stride), model.hidden, [2], []
+
+    def limited(x, *rest, **more):
+        sizes.append(len(x))
+        if len(x) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return hidden(x, *rest, **more)
+
+    monkeypatch.setattr(model, "hidden", limited)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert evaluate(model, val, cfg, World(), stride)[0] == pytest.approx(expected[0], rel=1e-6) and max(sizes) > 8
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, val, cfg, World(), stride)
+
+
 def test_temperature_divides_the_sliding_logits_and_nothing_else():
     model = tiny_model()
     val = ValidationSet(torch.randint(320, (200,)), num_bytes=400)

@@ -289,18 +289,71 @@ def test_where_the_mlp_is_fused(settings, expected, monkeypatch):
         assert torch.nn.functional.cosine_similarity(fused.flatten().float(), plain.flatten().float(), 0) > 0.99
 
 
-def test_the_fastest_tiles_that_run_are_kept(monkeypatch):
-    """Timed once for a key; tiles that this GPU cannot launch do not stop the run."""
+@pytest.fixture
+def timed(monkeypatch):
+    """Tiles of a made-up GPU: 16 rows take 3 ms, 64 take 2; 32 cannot be launched, and 128, the fastest, compute something else."""
     triton = pytest.importorskip("triton")
-    tiles = [Tiles(m, 64, 128, 4, 2, True) for m in (16, 32, 64)]
-    ms, timed = {16: 3.0, 64: 2.0}, []
+    tiles, ms, asked = [Tiles(m, 64, 128, 4, 2, True) for m in (16, 32, 64, 128)], {16: 3.0, 64: 2.0, 128: 1.0}, []
     monkeypatch.setattr(train_gpt, "TILES", tiles)
     monkeypatch.setattr(train_gpt, "TUNED", {})
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: call())
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
-    launch_tiles = lambda t: timed.append(t.m) or ms[t.m]  # 32: KeyError
-    assert [train_gpt.tuned(("name", 1), on_gpu, launch_tiles) for _ in range(2)] == [tiles[2]] * 2 and timed == [16, 32, 64]
-    assert train_gpt.tuned(("name", 1), torch.ones(1), launch_tiles) is tiles[0] and len(timed) == 3  # a CPU times nothing
+
+    def do_bench(call, **_):
+        asked.append(call.args[0].m)
+        return ms[call.args[0].m]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    return tiles, ms, asked
+
+
+class OnGpu(SimpleNamespace):
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda")
+
+    def __len__(self):
+        return self.rows
+
+
+def test_the_fastest_tiles_that_run_and_are_right_are_kept(timed):
+    """Timed once for a key and a number of rows; what cannot be launched, or computes something else, does not stop the run."""
+    tiles, ms, asked = timed
+    right, wrong = torch.randn(300, 5), torch.randn(300, 5)
+    launch, plain = lambda t: [ms[t.m] and (wrong if t.m == 128 else right)], lambda: [train_gpt.end_rows(right)]  # 32: KeyError
+    assert [train_gpt.tuned(("name", 1), OnGpu(rows=9), launch, plain) for _ in range(2)] == [tiles[2]] * 2 and asked == [16, 64]
+    ms[16] = 1.0
+    assert train_gpt.tuned(("name", 1), OnGpu(rows=10), launch, plain) is tiles[0] and len(asked) == 4
+    assert train_gpt.tuned(("name", 1), torch.ones(1), launch, plain) is tiles[0] and len(asked) == 4  # a CPU times nothing
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("value", [0.0, float("nan"), 1.06])
+def test_an_operation_without_a_tile_that_is_right_is_refused_and_says_why(value):
+    right = torch.randn(300, 5)
+    with pytest.raises(RuntimeError, match="name: none of 4 tiles runs here \\(Differs: off by"):
+        train_gpt.tuned(("name", 1), OnGpu(rows=9), lambda _: [right * value], lambda: [train_gpt.end_rows(right)])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("eight", [False, True])
+@pytest.mark.parametrize("tiles", train_gpt.TILES, ids=str)
+def test_every_real_tile_computes_what_is_expected(tiles, eight, monkeypatch):
+    """At sizes that are no multiples of it, in the interpreter, against the float32 products that a GPU's warm-up compares it with: as
+    `fastest_tiles` sees it."""
+    triton = pytest.importorskip("triton")
+    torch.manual_seed(0)
+    rows, width, hidden = 150, 144, 272
+    monkeypatch.setattr(train_gpt, "TILES", [tiles])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda *_, **__: 1.0)
+    monkeypatch.setattr(train_gpt, "tuned", lambda key, _x, launch, plain: train_gpt.fastest_tiles(key[0], launch, plain()))
+    x, w, dy = (torch.randn(size) for size in ((rows, width), (hidden, width), (rows, width)))  # the interpreter has no bfloat16 products
+    rho, c = torch.rand(rows, 1) + 0.5, torch.randn(rows, 1)
+    if not eight:
+        h, _, _ = train_gpt.relu2_product(x, w, None, torch.float32)
+        train_gpt.relu2_gradient(dy, w.t().contiguous(), h, rho, c, None)
+        train_gpt.split_weight_gradient(dy, x, 3)
+        return
+    scales, narrow = torch.tensor([0.5, 2.0**-5]), lambda t, kind: t.to(kind)
+    x8, w8 = narrow(x, torch.float8_e4m3fn), narrow(w, torch.float8_e4m3fn)
+    h, _, _ = train_gpt.relu2_product(x8, w8, scales, torch.float32)
+    train_gpt.relu2_gradient(narrow(dy, torch.float8_e5m2), w8, h, rho, c, scales)
 
 
 # ---- sums in parts

@@ -7,12 +7,15 @@ import hashlib
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, launch, write_shard
 
 import train_gpt
+from train_gpt import World
 
 RESULT_KEYS = """run_id seed steps tokens train_time_s ms_per_step device world_size params ternary_params val_loss val_bpb
     roundtrip_val_loss roundtrip_val_bpb sliding_val_loss sliding_val_bpb temperature artifact_bytes code_bytes total_bytes zero_frac
@@ -326,6 +329,69 @@ def test_under_torchrun_the_line_is_printed_once(data_dir, tmp_path, run_here, m
     done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)") == 1
+
+
+def test_an_error_that_is_no_users_keeps_its_traceback_and_names_the_process(data_dir, run_here, monkeypatch, capsys):
+    """As Triton, Inductor or a subprocess may raise: an OSError too."""
+    def fails(*_):
+        raise OSError(28, "No space left on device", "/tmp/kernel.so")
+
+    monkeypatch.setattr(train_gpt, "train", fails)
+    with pytest.raises(OSError, match="No space left"):
+        run_here(environment(data_dir, rank="1", world_size="1") | {"RANK": "0"})
+    assert "train_gpt.py: rank 0 of 1 failed:" in capsys.readouterr().err
+    assert World.name({"RANK": "3", "WORLD_SIZE": "8"}) == "rank 3 of 8"
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "tokenizer.model", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_named(name, data_dir, tmp_path, run_here, monkeypatch):
+    settings = broken_data(data_dir, tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    read, fromfile = Path.read_bytes, np.fromfile
+
+    def refused(call):
+        def reading(path, *rest, **more):
+            if Path(path).name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *rest, **more)
+
+        return reading
+
+    monkeypatch.setattr(Path, "read_bytes", refused(read))
+    monkeypatch.setattr(np, "fromfile", refused(fromfile))
+    code, _, err = run_here(environment(data_dir) | {"DATA_PATH": str(tmp_path), "TOKENIZER_PATH": str(tmp_path / "tokenizer.model")})
+    assert settings["data_path"] == tmp_path
+    assert code == 2 and err == f"train_gpt.py: {tmp_path / name}: cannot be read (Permission denied)\n"
+
+
+def test_processes_that_drift_apart_cost_the_verdict_not_the_model(data_dir, tmp_path):
+    """One process changes its weights behind the others' back: the first one's are exported and scored, marked, and the exit code says it."""
+    script = tmp_path / "drift.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_gpt
+share = train_gpt.TrainingStep.share_latent
+def drift(step):
+    share(step)
+    with torch.no_grad():
+        step.model.vocab_bias.add_(step.world.rank)
+train_gpt.TrainingStep.share_latent = drift
+sys.exit(train_gpt.run([]))
+""")
+    done = launch(environment(data_dir, iterations=2, sliding_eval=0), tmp_path, processes=2, argv=[str(script)])
+    result = json.loads(re.search(r"^result (.*)$", done.stdout, re.M)[1])
+    assert done.returncode == 1 and "error: the processes' weights have drifted apart" in done.stdout
+    assert result["replicas_agree"] is False and (tmp_path / "final_model.ternary.ptz").is_file()
+
+
+def test_too_little_memory_is_one_line_with_the_setting_to_lower(data_dir, run_here, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(train_gpt.TrainingStep, "take", too_much)
+    code, _, err = run_here(environment(data_dir, micro_batch_tokens=128))
+    assert code == 2 and err == ("train_gpt.py: MICRO_BATCH_TOKENS=128: too much for the memory of none; expected fewer "
+                                 "(CUDA out of memory. Tried to allocate 2.00 GiB.)\n")  # fmt: skip
 
 
 def test_the_wall_clock_ends_a_run_before_the_cap(data_dir, run_here):

@@ -37,11 +37,11 @@ from train_gpt import (
     apply_stage,
     artifact_config,
     batch_layout,
-    check_replicas,
     count_parameters,
     evaluate,
     fast_ops,
     load_artifact,
+    replicas_agree,
     rounded_once,
     save_artifact,
     schedule,
@@ -357,6 +357,17 @@ def commitment_written_out(model):
     return model.cfg.ternary_commit_lambda * total
 
 
+@pytest.mark.parametrize("weight_quant", ["ternary", "binary"])
+@pytest.mark.parametrize("stat", ["absmean", "rms"])
+def test_commitment_does_not_pull_groups_of_zeros(weight_quant, stat):
+    """As output projections are at the start: 1 / alpha would make a gradient of 15,625 out of a binary code's distance."""
+    cfg = tiny_config(weight_quant=weight_quant, scale_stat=stat, ternary_commit_lambda=0.01)
+    form = next(m.form for m in fresh_model(cfg).modules() if isinstance(m, train_gpt.TernaryLinear))
+    w = torch.cat((torch.zeros(1, 2, 32), torch.randn(1, 2, 32))).requires_grad_()
+    train_gpt.commitment(w, 32, form).backward()
+    assert not w.grad[0].any() and w.grad[1].all() and w.grad.abs().max() < 10
+
+
 def test_commitment_adds_its_gradient_once_a_step():
     for settings, loss_scale in (({}, 1), (PER_TENSOR, 1), ({"scale_group": "row"}, 4)):
         on, off = (tiny_model(ternary_commit_lambda=value, **settings) for value in (0.3, 0))
@@ -608,7 +619,7 @@ def steps_agree(world: World) -> list[str]:
                 difference = (p - q).abs().max().item()
                 assert torch.allclose(p, q, rtol=tolerance, atol=tolerance), (settings, name, difference)
                 assert not torch.equal(q, start[name])
-        check_replicas(together, world)
+        assert replicas_agree(together, world)
 
     model = tiny_model(precision="fp16")  # the overflow: in the matrices whose gradients one process sums
     step = TrainingStep(model, model.cfg, world)
@@ -654,7 +665,7 @@ def losses_together(world: World) -> list[list[float]]:
                 take_step.take(x, y)
                 losses.append(take_step.grads.loss.item())
             take_step.share_latent()
-            check_replicas(model, world)
+            assert replicas_agree(model, world)
             val = ValidationSet(torch.arange(401) * 7 % 320, 1000)
             found.append([*losses, evaluate(model, val, cfg, world)[0]])
     return found

@@ -72,7 +72,7 @@ def test_a_log_begins_with_the_bytes_of_the_file_whatever_its_line_ends(tmp_path
     monkeypatch.setattr(train_gpt, "__file__", str(source))
     cfg = Config(run_id="x", log_dir=str(tmp_path))
     log = Log(cfg, World())
-    train_gpt.log_start(cfg, World(), train_gpt.fast_ops(cfg, torch.device("cpu")), log, Sources(*[frozenset()] * 3), ())
+    train_gpt.log_start(cfg, World(), log, Sources(*[frozenset()] * 3), ())
     assert log.path.read_bytes().startswith(source.read_bytes() + b"\n")
 
 

@@ -135,7 +135,8 @@ def test_validation_on_the_way_is_outside_the_clock(data_dir, monkeypatch):
     assert all(float(time_ms.removesuffix("ms")) < 1000 for *_, time_ms in lines)
 
 
-def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"untie_at_fraction": 0.5, "warmup_steps": 2}, {"seq_len_start": 16, "seq_schedule_fraction": 0.5}])
+def test_nothing_compiles_once_the_clock_runs(options, data_dir, monkeypatch):
     """Every compiled function of a run, with validation on the way, as on a GPU but for the backend."""
     graphs = []
 
@@ -149,7 +150,8 @@ def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
     monkeypatch.setattr(train_gpt, "compiled", functools.cache(compiled))
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
-    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2, num_layers=2)
+    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2, num_layers=2,
+                      **options)  # fmt: skip
     world, log = World(), silent_log()
     run = train(fresh_model(cfg).use(gpu_ops(cfg)), cfg, world, log, ValidationSet.load(cfg, world))
     assert run["late_graphs"] == 0 and len(graphs) > 8
