@@ -296,7 +296,7 @@ def unpack(text):
 def write_whole(path, data):
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".partial.{os.getpid()}")  # no longer than any name may be
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
@@ -304,19 +304,26 @@ def write_whole(path, data):
         partial.unlink(missing_ok=True)
 
 
+def source_text(data):
+    """The text of a source file's bytes as Python reads it: no byte order mark, and "\\n" for any line end."""
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def run(args):
-    text = args.file.read_text(encoding="utf-8")
+    data = args.file.read_bytes()
+    text = source_text(data)
     program = unpack(text)
     if args.unpack:
         if program is None:
             raise ValueError("not a packed file")
-        print(program, end="")
+        sys.stdout.buffer.write(program.encode())  # whatever the console's encoding is
+        sys.stdout.flush()
         return
     if program is not None:
         raise ValueError("is packed already")
     packed = pack(text)
     write_whole(args.out, packed)
-    size = len(text.encode())
+    size = len(data)
     digest = hashlib.sha256(packed).hexdigest()
     print(f"{args.out}: {len(packed):,} bytes, {100 * len(packed) / size:.1f} % of {size:,}, sha256 {digest}")
 
