@@ -329,7 +329,7 @@ def run(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="pack_code.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="pack_code.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("file", type=Path, help="the source, or with --unpack the packed file")
     parser.add_argument("--out", type=Path, help="the packed file")
     parser.add_argument("--unpack", action="store_true", help="print the program inside a packed file")
