@@ -54,7 +54,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
+from run_logs import start  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- sizes
 
@@ -820,6 +822,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arms = arms_of(args)
         return 0 if (table if args.table else run_batch)(args, out, arms) else 1
+    except BrokenPipeError:
+        raise
     except (BadArguments, OSError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
@@ -827,4 +831,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the runs end with the batch
-    sys.exit(main())
+    start(main)

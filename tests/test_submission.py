@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import make_submission
 import numpy as np
 import pack_code
 import pytest
+import run_logs
 from conftest import ROOT, TINY, launch, write_shard
 
 SEEDS = (42, 1337, 7)
@@ -630,16 +632,17 @@ def test_readable_code_that_ran_stands_alone(folder):
     assert f"It was changed since its commit, {'a' * 40}." in readme and (made / "requirements.txt").read_text().startswith("torch==")
 
 
-def test_a_readable_file_of_another_program_is_refused(folder, code, capsys):
-    (folder / "other.py").write_text((ROOT / "train_gpt.py").read_text() + "SPARE = 1\n")
+def test_a_readable_file_of_another_program_is_refused(folder, capsys):
+    paths = write_runs(folder, pack_code.pack(GOOD))
+    (folder / "other.py").write_text(GOOD + "SPARE = 1\n")
     (folder / "broken.py").write_text("def f(:\n")
     for name in ("other.py", "broken.py", "missing.py"):
-        assert assemble(folder, write_runs(folder, code), "--source", name) == 2
+        assert assemble(folder, paths, "--source", name) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"make_submission.py: error: --source {name}: ") and error.count("\n") == 1
         assert not list(folder.glob("records/*/*"))
-    (folder / "windows.py").write_bytes(b"\xef\xbb\xbf" + (ROOT / "train_gpt.py").read_bytes().replace(b"\n", b"\r\n"))
-    assert assemble(folder, write_runs(folder, code), "--source", "windows.py") == 0  # the same program, other line ends
+    (folder / "windows.py").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert assemble(folder, paths, "--source", "windows.py") == 0  # the same program, other line ends
 
 
 def test_a_tokenizer_that_is_not_the_logs_is_refused(folder, code, capsys):
@@ -692,8 +695,8 @@ def test_a_breach_or_a_failed_write_leaves_no_folder(folder, code, capsys, monke
     assert not [p for p in folder.glob("records/**/*") if p.is_file() or p.name != "track_10min_16mb"]
 
 
-def test_a_folder_that_is_there_is_replaced_only_by_force(folder, code, capsys):
-    paths = write_runs(folder, code)
+def test_a_folder_that_is_there_is_replaced_only_by_force(folder, capsys):
+    paths = write_runs(folder, GOOD.encode())
     assert assemble(folder, paths) == 0
     made = folder / "records/track_10min_16mb/2026-03-31_Ternary_U-Net"
     (made / "mine.txt").write_text("kept")
@@ -809,7 +812,12 @@ def test_the_rest_of_what_the_end_needs(no_git, capsys, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- the record script
 
+# QUICK: neither the machine is checked nor train_gpt.py packed, which takes seconds and is not what the test is about
 STUB = """#!/usr/bin/env bash
+case ${{QUICK:-}}$1 in
+  1-) cat >/dev/null; exit ;;
+  1tools/pack_code.py) mkdir -p logs; touch "${{@: -1}}"; exit ;;
+esac
 if [[ "$1 $2" != "-m torch.distributed.run" ]]; then exec "{python}" "$@"; fi
 echo "$*" >>launches
 {trainer}
@@ -900,8 +908,7 @@ exit {code}"""
     ("Traceback", 5, "run_8xh100.sh: error: seed 42 failed with exit code 5; log: logs/rehearsal_seed42.txt"),
 ])  # fmt: skip
 def test_the_record_script_ends_with_the_trainers_line(tree, said, code, last):
-    demo_folder(tree)
-    done = record_run(tree, TORCHRUN.format(said=said, code=code), rehearsals()["head"])
+    done = record_run(tree, TORCHRUN.format(said=said, code=code), rehearsals()["head"], QUICK="1")
     lines = done.stderr.splitlines()
     assert lines[-1] == last and lines.count(said) == 1 and lines.count("logs/record_train_gpt.py FAILED") == 15
     assert done.returncode == (2 if code == 1 else code) and len((tree / "launches").read_text().splitlines()) == 1
@@ -931,9 +938,9 @@ def test_mistakes_of_the_record_script_are_one_line(tree, case):
 
 
 @pytest.mark.parametrize("env, arguments, said", [
-    ({}, "--author A --github-id a --record nope.json", "make_submission.py: error: --record nope.json: cannot be read"),
+    ({"QUICK": "1"}, "--author A --github-id a --record nope.json", "make_submission.py: error: --record nope.json: cannot be read"),
     ({"EVAL_ONLY": "1"}, "", "run_8xh100.sh: error: EVAL_ONLY=1: expected 0, these runs train"),
-    ({}, "--author A --github-id a --frob", "make_submission.py: error: unrecognized arguments: --frob"),
+    ({"QUICK": "1"}, "--author A --github-id a --frob", "make_submission.py: error: unrecognized arguments: --frob"),
 ])  # fmt: skip
 def test_nothing_is_packed_or_started_before_all_is_checked(tree, env, arguments, said):
     demo_folder(tree)
@@ -967,6 +974,25 @@ def test_a_tool_answers_help_and_refuses_what_it_does_not_know(path, tmp_path):
         assert helped.returncode == 0 and helped.stdout.startswith(f"usage: {path.name} ") and not helped.stderr
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1
     assert f"{path.name}: error: " in refused.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_tool_that_is_interrupted_or_loses_its_reader_ends_without_a_traceback(monkeypatch):
+    """Ctrl-C, and `| head`: the codes of a shell; one process, since both are exceptions of its main."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(open(os.devnull, "wb"), encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    for main, code in ((interrupted, 130), (broken, 141), (lambda: print("\xb1", file=sys.stderr) or 3, 3)):
+        with pytest.raises(SystemExit) as end:
+            run_logs.start(main)
+        assert end.value.code == code
+    sys.stderr.flush()
+    assert sys.stderr.buffer.getvalue() == b"\\xb1\n"
 
 
 def test_a_narrow_console_and_a_reader_that_goes_away(folder, code):

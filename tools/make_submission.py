@@ -565,6 +565,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         return check_end(args) or 0 if args.check else write_submission(args)
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         print(f"make_submission.py: error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,6 @@ Out go comments, spare blanks, docstrings (unless the program reads `__doc__`), 
 (unless a decorator may read them), and what train_gpt.py's `setting` says in words: --help then has names, defaults and ranges.
 """
 
-import argparse
 import ast
 import base64
 import hashlib
@@ -24,6 +23,8 @@ import re
 import sys
 import tokenize
 from pathlib import Path
+
+from run_logs import OneLineParser, start
 
 # One blank a level and no comments: these lines count too. The names in capitals are filled in.
 STUB = '''\
@@ -329,7 +330,7 @@ def run(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="pack_code.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog="pack_code.py", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="the source, or with --unpack the packed file")
     parser.add_argument("--out", type=Path, help="the packed file")
     parser.add_argument("--unpack", action="store_true", help="print the program inside a packed file")
@@ -338,6 +339,8 @@ def main(argv=None):
         parser.error("--out FILE is missing")
     try:
         run(args)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, SyntaxError) as error:  # ValueError: among others, a file that is not UTF-8
         print(f"pack_code.py: error: {args.file}: {error}", file=sys.stderr)
         return 2
@@ -345,4 +348,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)
