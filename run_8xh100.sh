@@ -3,7 +3,7 @@
 # the rules are checked on the logs, and submission.json is made of them. Before the first run everything that the end will
 # need is checked.
 #
-#   bash run_8xh100.sh                                three runs of 10 minutes, each with its log and artifact in logs/
+#   bash run_8xh100.sh                                three runs of 10 minutes, each with its log and artifact in logs/ (LOG_DIR)
 #   SEED=42 bash run_8xh100.sh                        one seed; SEED="42 7": these
 #   bash run_8xh100.sh --author NAME --github-id ID   arguments go to tools/make_submission.py, for instance
 #   bash run_8xh100.sh --records records --name NAME --record THEIR/submission.json   also the folder that is submitted
@@ -15,14 +15,13 @@
 #
 #   (set -a; . configs/demo.env; DATA_PATH=data/demo_sp4096; TOKENIZER_PATH=$DATA_PATH/tokenizer.model
 #    ITERATIONS=3; NPROC=2; ALLOW_CPU=1; bash run_8xh100.sh --author NAME --github-id ID)
+case $- in *p*) ;; *) POSIXLY_CORRECT=1 && \exec bash -p "$0" "$@" ;; esac # without what the user's shell exports
 set -euo pipefail
 # shellcheck source=tools/common.sh
-source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/tools/common.sh"
+source "$(dirname -- "$(readlink -f -- "$0")")/tools/common.sh"
 
 # torchrun's shared store makes restarted attempts fail (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# else Python would not find the modules that lie beside a program
-unset PYTHONSAFEPATH
 
 # check_machine PYTHON: end with one line if GPUs or data are missing; say which settings are not the submission's.
 check_machine() {
@@ -38,7 +37,7 @@ except ImportError as error:
     sys.exit(f"run_8xh100.sh: error: {sys.executable}: {error}; bash setup.sh installs the requirements")
 
 nproc, allow_cpu = int(sys.argv[1]), sys.argv[2] == "1"
-own = ("run_id", "seed", "artifact_path")  # this script sets them
+own = ("run_id", "seed", "artifact_path", "log_dir")  # this script sets them, or they are where things lie
 
 
 def stop(text):
@@ -80,22 +79,23 @@ choose_seeds() {
 # stderr goes through a pipe, so that the line that torchrun's own report would bury is known at the end.
 run_seed() {
   local run_id=${prefix}_seed$1 status=0 said
-  say "seed $1: log logs/$run_id.txt"
+  say "seed $1: log $folder/$run_id.txt"
   # python -m torch.distributed.run is torchrun; the latter's first line breaks when .venv is moved
   {
-    RUN_ID=$run_id SEED=$1 ARTIFACT_PATH=logs/$run_id.ternary.ptz \
+    RUN_ID=$run_id SEED=$1 ARTIFACT_PATH=$folder/$run_id.ternary.ptz \
       "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$packed" 2>&1 >&3 3>&- |
       tee "$complaints" >&2 || status=${PIPESTATUS[0]}
   } 3>&1
-  ((status == 0)) && logs+=("logs/$run_id.txt") && return
-  said=$(sed -n -E "s#^(train_gpt\.py|.*/${packed##*/}): (.*)#\2#p" "$complaints" | tail -n 1)
+  ((status == 0)) && logs+=("$folder/$run_id.txt") && return
+  said=$(sed -n -E "/^train_gpt\.py: warning: /d; s#^(train_gpt\.py|.*/${packed##*/}): (.*)#\2#p" "$complaints" | tail -n 1)
   [[ -z $said ]] || { say "error: seed $1: $said" && exit 2; }
-  say "error: seed $1 failed with exit code $status; log: logs/$run_id.txt"
+  say "error: seed $1 failed with exit code $status; log: $folder/$run_id.txt"
   exit "$status"
 }
 
 main() {
-  local python=${TRAIN_PYTHON:-$VENV_PYTHON} nproc=${NPROC:-8} prefix submission packed source seed seeds=() check=() logs=() complaints
+  local python=${TRAIN_PYTHON:-$VENV_PYTHON} nproc=${NPROC:-8} folder=${LOG_DIR:-logs} prefix submission packed source complaints
+  local seed seeds=() check=() logs=()
   cd "$ROOT"
   if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then
     sed -n '2,/^set -/s/^# \{0,1\}//p' run_8xh100.sh
@@ -103,11 +103,11 @@ main() {
   fi
   [[ ${ALLOW_CPU:-0} == [01] ]] || die "ALLOW_CPU=$ALLOW_CPU: expected 0 or 1"
   if [[ ${ALLOW_CPU:-0} == 1 ]]; then
-    prefix=${RUN_ID:-rehearsal} submission=${SUBMISSION_PATH:-logs/$prefix.submission.json}
+    prefix=${RUN_ID:-rehearsal} submission=${SUBMISSION_PATH:-$folder/$prefix.submission.json}
   else
     prefix=${RUN_ID:-record} submission=${SUBMISSION_PATH:-submission.json}
   fi
-  packed=logs/${prefix}_train_gpt.py source=logs/${prefix}_readable.py
+  packed=$folder/${prefix}_train_gpt.py source=$folder/${prefix}_readable.py
 
   choose_seeds
   [[ $nproc =~ ^[1-9][0-9]{0,3}$ ]] || die "NPROC=$nproc: expected a whole number, 1 to 9999"

@@ -861,7 +861,7 @@ def rehearsals():
     return {name: re.search(r"^ *(\(set -a;.*?run_8xh100\.sh[^)]*\))$", text, re.M | re.S)[1] for name, text in texts.items()}
 
 
-COPY_LOG = 'mkdir -p logs; cp "made/record_seed$SEED.txt" "logs/$RUN_ID.txt"'
+COPY_LOG = 'mkdir -p "${LOG_DIR:-logs}"; cp "made/record_seed$SEED.txt" "${LOG_DIR:-logs}/$RUN_ID.txt"'
 
 
 def test_the_rehearsal_works_as_it_is_written(tree, code):
@@ -889,16 +889,19 @@ def test_the_record_script_assembles_the_folder(tree, code):
     options = "--author A --github-id a --records=records --name N --record-losses 3.1 3.101 3.0985 --data data/demo_sp4096"
     change = "echo '# edited meanwhile' >>train_gpt.py"
     done = record_run(tree, f"{COPY_LOG}; {change}", f"bash run_8xh100.sh {options}", NPROC="2", ALLOW_CPU="1", VOCAB_SIZE="4096",
-                      DATA_PATH="data/demo_sp4096", TOKENIZER_PATH="data/demo_sp4096/tokenizer.model")  # fmt: skip
+                      DATA_PATH="data/demo_sp4096", TOKENIZER_PATH="data/demo_sp4096/tokenizer.model", LOG_DIR="else where",
+                      SHELLOPTS="noclobber")  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     (made,) = tree.glob("records/*/*")
     assert (made / "train_gpt.py").read_bytes() == code
     assert (made / "train_gpt_readable.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()  # as it was at the start
     assert done.stdout.count("compliance: ") == 1
+    assert (tree / "else where/rehearsal_seed42.txt").exists() and not (tree / "logs").exists()
 
 
 TORCHRUN = """for ((i = 0; i < 15; i++)); do echo "W torchrun's own" >&2; done
 echo "{said}" >&2
+echo "train_gpt.py: warning: the log ends here" >&2
 for ((i = 0; i < 15; i++)); do echo "logs/record_train_gpt.py FAILED" >&2; done
 exit {code}"""
 
@@ -969,7 +972,8 @@ def test_a_tool_answers_help_and_refuses_what_it_does_not_know(path, tmp_path):
                                               timeout=60, check=False)  # fmt: skip
     helped, refused = start("-h"), start("--no-such-option", "x")
     if path.name == "run_logs.py":
-        assert helped.returncode == 2 and "run_logs.py: error: no command" in helped.stderr and not helped.stdout
+        assert helped.returncode == 0 and "run_logs.py is a module of tools/compliance.py" in helped.stdout and not helped.stderr
+        assert "it is not a command" in refused.stderr
     else:
         assert helped.returncode == 0 and helped.stdout.startswith(f"usage: {path.name} ") and not helped.stderr
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1

@@ -425,7 +425,7 @@ def check_end(args):
     if args.logs:
         raise UserError(f"{args.logs[0]}: not an option; the runs will write the logs")
     check_can_be_made(args.out or Path("submission.json"), 0)
-    check_can_be_made(Path("logs/log"), FREE_BYTES_A_RUN * args.check)
+    check_can_be_made(Path(os.environ.get("LOG_DIR") or "logs") / "log", FREE_BYTES_A_RUN * args.check)
     if not args.records:
         return
     check_can_be_made(record_folder(args, args.date or date_of([])) / "README.md", FREE_BYTES_A_RUN)

@@ -19,7 +19,7 @@ BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
 MOST_DIGITS = 20  # of a whole number: 64 bits
 
 # What must be the same in every log, and what may differ.
-FREE_SETTINGS = {"seed", "run_id", "artifact_path"}
+FREE_SETTINGS = {"seed", "run_id", "artifact_path", "log_dir"}
 COUNTS = ("seed", "steps", "world_size", "artifact_bytes", "code_bytes", "total_bytes")
 MEASURES = ("val_loss", "val_bpb", "roundtrip_val_loss", "roundtrip_val_bpb", "train_time_s", "ms_per_step", "eval_time_s")
 SLIDING = ("sliding_val_loss", "sliding_val_bpb")  # absent or null in a run with SLIDING_EVAL=0
@@ -200,5 +200,9 @@ def start(main):
 
 
 if __name__ == "__main__":
-    print("run_logs.py: error: no command; compliance.py and make_submission.py read logs with it", file=sys.stderr)
+    users = "tools/compliance.py and tools/make_submission.py: see their --help"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(f"run_logs.py is a module of {users}")
+        sys.exit(0)
+    print(f"run_logs.py: error: it is not a command but a module of {users}", file=sys.stderr)
     sys.exit(2)
