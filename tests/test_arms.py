@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import arms
@@ -369,6 +372,14 @@ def test_a_line_that_is_no_record_is_named_and_left_out(case, tmp_path, capsys):
     assert list(table_of(shown.out)[1]) == ["b"]
     expected = [f"line 2: {'a record whose ' * said.startswith(('result has', 'web has'))}"] * bool(said) + ["line 3: half a record"]
     assert shown.err.count("\n") == len(expected) and all(text in shown.err for text in (*expected, said))
+
+
+def test_a_console_without_the_tables_signs_shows_escapes(tmp_path):
+    lines = [record(arm, seed, 2.0 + seed) for arm in ("a", "b") for seed in (1, 2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "bench/arms.py"), "free", "--arm", "", "--table", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "| +0.0000 \\xb1 0.7071 |" in done.stdout and done.stderr == ""
 
 
 def test_results_without_the_codes_digest_and_a_run_without_result(tmp_path, capsys):

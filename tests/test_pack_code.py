@@ -182,6 +182,9 @@ def test_packing_is_deterministic_and_unpacks_to_the_stripped_program(tmp_path, 
     readable, missing = [str(ROOT / "train_gpt.py"), "--unpack"], ["no.py", "--unpack"]
     for arguments in (twice, readable, missing):
         assert pack_code.main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        pack_code.main(["--unpack", str(out), "--out", str(tmp_path / "program.py")])
+    assert end.value.code == 2 and "expected no --out" in capsys.readouterr().err and not (tmp_path / "program.py").exists()
 
 
 @pytest.mark.parametrize("change", [lambda data: b"\xef\xbb\xbf" + data, lambda data: data.replace(b"\n", b"\r\n"),

@@ -196,6 +196,8 @@ def test_the_commit_is_shown_and_no_rule(folder, code, commit, shown):
 def test_the_tokenizer_is_shown_and_unknown_figures_are_passed_over(folder, code):
     paths = [write_run(folder, code, seed, decoded_bytes=5, log_path="x", new={"a": [1]}) for seed in SEEDS]
     findings = {f.rule: f for f in compliance.check_logs(paths, compliance.Files(), RECORD)}
+    assert "val_bytes 151080891 decoded_bytes 5;" in findings["full validation"].evidence
+    assert not any(f.breach for f in findings.values())
     assert findings["one tokenizer"].evidence == f"tokenizer_sha256 {RESULT['tokenizer_sha256']}"
     paths = [write_run(folder, code, seed, tokenizer_sha256=None) for seed in SEEDS]
     findings = {f.rule: f for f in compliance.check_logs(paths, compliance.Files(), RECORD)}
@@ -671,11 +673,20 @@ def test_what_is_no_record_says_so_in_the_file_and_in_the_folder(folder, code):
     assert "it has 1 seed, not 3" in json.loads((folder / "submission.json").read_text())["notice"]
 
 
-def test_the_date_is_the_logs_where_they_have_one(folder, code):
+def test_the_date_is_the_logs_where_they_have_one(folder, code, capsys):
     days = ["2026-03-01", "2026-03-02T23:59:00Z", "2026-02-28"]
     paths = [write_run(folder, code, seed, date=day) for seed, day in zip(SEEDS, days, strict=True)]
     assert make_submission.main(["--author", "A", "--github-id", "a", *map(str, paths)]) == 0
     assert json.loads((folder / "submission.json").read_text())["date"] == "2026-03-02"
+    paths[0] = write_run(folder, code, 42, date="yesterday")
+    assert make_submission.main(["--author", "A", "--github-id", "a", *map(str, paths)]) == 2
+    assert "date 'yesterday', expected one such as 2026-03-31" in capsys.readouterr().err
+
+
+def test_what_a_check_accepts_can_be_written_at_the_end(folder, code):
+    out = ["--author", "A", "--github-id", "a", "--out", "new/folder/s.json"]
+    assert make_submission.main([*out, "--check", "3"]) == 0 and not (folder / "new").exists()
+    assert make_submission.main([*out, *map(str, write_runs(folder, code))]) == 0 and (folder / "new/folder/s.json").exists()
 
 
 def test_the_readmes_command_sets_what_differs_from_the_programs_defaults(folder, code):
@@ -692,7 +703,7 @@ def test_a_breach_or_a_failed_write_leaves_no_folder(folder, code, capsys, monke
     assert not (folder / "records").exists() and not (folder / "out.json").exists()
     monkeypatch.setattr(make_submission.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert assemble(folder, write_runs(folder, code)) == 2 and "No space left" in capsys.readouterr().err
-    assert not [p for p in folder.glob("records/**/*") if p.is_file() or p.name != "track_10min_16mb"]
+    assert not (folder / "records").exists()
 
 
 def test_a_folder_that_is_there_is_replaced_only_by_force(folder, capsys):
@@ -722,8 +733,8 @@ def test_the_non_record_track_has_its_own_folder(folder, code):
     (("--blurb", " "), "--blurb ' ': expected one line of text"),
     (("--author", "caf\udce9"), "--author 'caf\\udce9': expected one line of text"),
     (("--github-id", "a b"), "--github-id 'a b': expected a GitHub account's name"),
-    (("--out", "data"), "data: cannot be written"),
-    (("--out", "no/such/folder.json"), "no/such/folder.json: cannot be written"),
+    (("--out", "data"), "data: is a folder, expected the name of a file"),
+    (("--out", "tokenizer.model/s.json", "--records", "records", "--name", "x"), "tokenizer.model/s.json: cannot be written"),
     (("--records", "records", "--name", "x", "--record", "missing.json"), "missing.json"),
 ])  # fmt: skip
 def test_folder_options_are_refused_in_one_line(folder, code, capsys, options, message):
@@ -1040,7 +1051,8 @@ def test_every_figure_of_the_submission_is_in_the_log_it_names():
         lines = content.decode().splitlines()
         results[seed] = result = json.loads(lines[-1].removeprefix("result "))
         (config,) = (i for i, line in enumerate(lines) if line.startswith("config {"))
-        configs[seed], versions[seed] = json.loads(lines[config].removeprefix("config ")), lines[config - 1]
+        configs[seed] = json.loads(lines[config].removeprefix("config "))
+        versions[seed] = next(line for line in lines[config::-1] if line.startswith("python:"))
         assert {name: result.get(name) for name in row if name != "log"} == {name: row[name] for name in row if name != "log"}
         assert str(result["seed"]) == str(configs[seed]["seed"]) == seed
         assert hashlib.sha256(content[: result["code_bytes"]]).hexdigest() == result["code_sha256"]
@@ -1053,6 +1065,8 @@ def test_every_figure_of_the_submission_is_in_the_log_it_names():
     for name in ("total", "code"):
         assert made[f"bytes_{name}"] == max(result[f"{name}_bytes"] for result in results.values())
     assert made["data_path"] == config["data_path"] and made["tokenizer_path"] == config["tokenizer_path"]
+    if first.get("date"):
+        assert made["date"] == max(result["date"] for result in results.values())[:10]
     if first.get("tokenizer_sha256"):
         assert {result["tokenizer_sha256"] for result in results.values()} == {made["tokenizer_sha256"]}
     seconds = statistics.fmean(result["train_time_s"] for result in results.values())

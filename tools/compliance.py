@@ -200,6 +200,8 @@ def check_validation(run, files):
     """Every token of the validation split is scored; its size comes from the shards, or is FineWeb's known one."""
     limit, tokens, bytes_ = run.config.get("val_max_tokens"), run.result.get("val_tokens"), run.result.get("val_bytes")
     said = f"config val_max_tokens {limit}, result val_tokens {tokens} val_bytes {bytes_}"
+    if run.result.get("decoded_bytes", bytes_) != bytes_:
+        said += f" decoded_bytes {run.result['decoded_bytes']}"  # the tokenizer changes the text; what went in counts
     folder = files.data or Path(run.config["data_path"])
     if shards := shard_paths(folder, "val") if folder.is_dir() else []:
         targets = sum(len(read_shard(path)) for path in shards) - 1

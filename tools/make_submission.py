@@ -128,8 +128,11 @@ def plural(number, noun):
 
 def date_of(runs):
     """The day of the last run where the logs say it, else today's; both UTC."""
-    days = [run.result["date"][:10] for run in runs if run.result.get("date")]
-    return max(days) if days else datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    days = [(run.result["date"][:10], run) for run in runs if run.result.get("date")]
+    for day, run in days:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+            raise UserError(f"{run.log}: the result line has date {run.result['date']!r}, expected one such as 2026-03-31")
+    return max(day for day, _ in days) if days else datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def default_name(config):
@@ -212,7 +215,7 @@ def requirements_of(code):
 
 def write_folder(folder, files):
     """The folder whole or not at all; one that is there is replaced. UserError if it cannot be written."""
-    stage = None
+    stage, new_parents = None, [path for path in (folder.parent, folder.parent.parent) if not path.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial_"))
@@ -231,6 +234,9 @@ def write_folder(folder, files):
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
+        for path in new_parents:
+            with contextlib.suppress(OSError):  # it is full if all went well
+                path.rmdir()
 
 
 READABLE = "train_gpt_readable.py"
@@ -516,6 +522,7 @@ def write_whole(path, text):
     """Write a file whole or not at all: an earlier one survives a full disk or a crash. UserError if it cannot be written."""
     partial = path.with_name(f".partial.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -542,6 +549,8 @@ def write_submission(args):
     if not args.logs:
         raise UserError("no logs: name one log file a seed")
     compliance.read_options(args)
+    if args.out:
+        check_can_be_made(args.out, 0)  # before the folder, which would be there without it
     folder = record_folder(args, args.date or date_of(read_runs(args.logs))) if args.records else None
     if folder and not complies(args):
         print(f"make_submission.py: error: {folder}: not written, since rules are broken (above)", file=sys.stderr)

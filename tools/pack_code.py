@@ -335,8 +335,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="the packed file")
     parser.add_argument("--unpack", action="store_true", help="print the program inside a packed file")
     args = parser.parse_args(argv)
-    if not args.unpack and args.out is None:
-        parser.error("--out FILE is missing")
+    if args.unpack == (args.out is not None):
+        parser.error("--unpack prints the program: expected no --out" if args.unpack else "--out FILE is missing")
     try:
         run(args)
     except BrokenPipeError:
