@@ -18,7 +18,7 @@ that the optimizer works on, and 12 the codecs of the artifact.
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G
 weights that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte
-(bpb) are nats / ln 2 / UTF-8 bytes of the decoded text.
+(bpb) are nats / ln 2 / UTF-8 bytes of the text.
 
 References: BitNet b1.58 arXiv:2402.17764; Muon https://kellerjordan.github.io/posts/muon; YaRN arXiv:2309.00071; GQA
 arXiv:2305.13245; relu^2 arXiv:2109.08668; QK-norm arXiv:2010.04245; parameter-golf pull requests by number (#640).
@@ -32,6 +32,8 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -42,6 +44,9 @@ import operator
 import os
 import platform
 import re
+import shutil
+import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -49,11 +54,16 @@ import tempfile
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+if __name__ == "__main__":
+    # Threads that wait sleep. GNU OpenMP, loaded with torch, lets them spin: on cores shared with other work a step of
+    # .66 s took 2.6 s (R017).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -88,6 +98,7 @@ class Settings:
     data_path: str = setting("./data/datasets/fineweb10B_sp8192", "folder of fineweb_train_*.bin, fineweb_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece model")
     artifact_path: str = setting("final_model.ternary.ptz", "file that the model is written to, or read from")
+    log_dir: str = setting("logs", "folder of the log, <RUN_ID>.txt")
     eval_only: bool = setting(False, "score the artifact at ARTIFACT_PATH; train nothing")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 where a GPU has it")
     compile_mode: Literal["default", "none", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = setting(
@@ -145,7 +156,7 @@ class Settings:
     warmdown_fraction: float = setting(0.2, "last part of the budget, where rates fall linearly to 0", least=0, most=1)
     z_loss: float = setting(1e-4, "weight of the squared log-sum-exp, in training only", least=0)
 
-    train_log_every: int = setting(200, "steps between two log lines", least=1, group="Log and evaluation")
+    train_log_every: int = setting(0, "steps between two log lines; 0: 5 seconds", least=0, group="Log and evaluation")
     val_loss_every: int = setting(0, "steps between two validations on the way; 0: none", least=0)
     val_batch_size: int = setting(524_288, "tokens that all processes score at a time, chunked", least=1)
     val_max_tokens: int = setting(0, "targets that are scored; 0: the whole validation split", least=0)
@@ -195,12 +206,14 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Config:
-        """Read overrides from the environment. A near-miss of a name or a bad value raises UserError."""
+        """Read overrides from the environment. UserError for a bad value, a near-miss of a name, or a name by which
+        another script of this field has a setting."""
         names = {f.name.upper(): f.name for f in dataclasses.fields(cls)}
-        for key in sorted(env.keys() - names.keys()):
+        for key in sorted(env.keys() - names.keys() - ORDINARY.keys()):
             # cutoff .85 catches 97-99 % of one-slip typos without alarming on the names usual environments hold
-            if close := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
-                raise UserError(f"{key}={env[key]!r} is not a setting; did you mean {close[0]}?")
+            close = [FOREIGN[key]] if key in FOREIGN else difflib.get_close_matches(key, names, n=1, cutoff=0.85)
+            if close:
+                raise UserError(f"{key}={env[key]!r} is not a setting; {meant(close[0])}")
         kinds = setting_kinds(cls)
         return cls(**{name: parse_setting(key, env[key], kinds[name]) for key, name in names.items() if key in env})
 
@@ -213,6 +226,62 @@ class Settings:
         for name, kept, expected in RULES:
             if not kept(self):
                 raise UserError(f"{name.upper()}={getattr(self, name)!r}: expected {named(expected, self)}")
+
+# Names that other scripts of this field have for the settings behind the colons; behind none: there is nothing like it
+FOREIGN = dict(pair.split(":") for pair in """
+    EVAL_STRIDE:SLIDING_EVAL_STRIDE EVAL_SEQ_LEN:TRAIN_SEQ_LEN EVAL_BATCH_SEQS:SLIDING_BATCH_SIZE
+    TEMP_CALIB:TEMP_SCALING MAX_WALLCLOCK:MAX_WALLCLOCK_SECONDS MAX_STEPS:ITERATIONS MAX_ITERS:ITERATIONS
+    NUM_ITERATIONS:ITERATIONS NUM_STEPS:ITERATIONS TRAIN_STEPS:ITERATIONS TOTAL_STEPS:ITERATIONS
+    NUM_TRAIN_STEPS:ITERATIONS LEARNING_RATE:MATRIX_LR MUON_LR:MATRIX_LR EMBEDDING_LR:TIED_EMBED_LR
+    UNEMBEDDING_LR:HEAD_LR MIN_LR:MIN_LR_RATIO WEIGHT_DECAY:MUON_WD MUON_WEIGHT_DECAY:MUON_WD ADAM_WEIGHT_DECAY:ADAM_WD
+    ADAM_BETA1:BETA1 ADAM_BETA2:BETA2 GRAD_CLIP:GRAD_CLIP_NORM MAX_GRAD_NORM:GRAD_CLIP_NORM
+    MOMENTUM_WARMUP_START:MUON_MOMENTUM_WARMUP_START MOMENTUM_WARMUP_STEPS:MUON_MOMENTUM_WARMUP_STEPS
+    BACKEND_STEPS:MUON_BACKEND_STEPS MUON_NS_STEPS:MUON_BACKEND_STEPS WARMUP_ITERS:LR_WARMUP_STEPS
+    LR_DECAY_ITERS:WARMDOWN_ITERS LR_SCHEDULE:WARMDOWN_SHAPE OPTIMIZER:MATRIX_OPTIMIZER N_LAYER:NUM_LAYERS
+    N_LAYERS:NUM_LAYERS NUM_HIDDEN_LAYERS:NUM_LAYERS N_HEAD:NUM_HEADS N_HEADS:NUM_HEADS N_KV_HEAD:NUM_KV_HEADS
+    NUM_KEY_VALUE_HEADS:NUM_KV_HEADS NUM_ATTENTION_HEADS:NUM_HEADS N_EMBD:MODEL_DIM D_MODEL:MODEL_DIM MLP_RATIO:MLP_MULT
+    ROPE_THETA:ROPE_BASE LOGIT_CAP:LOGIT_SOFTCAP XSA_LAYERS:XSA_LAST_N TIE_WORD_EMBEDDINGS:TIE_EMBEDDINGS
+    EMA_ENABLED:EMA BIGRAM_VOCAB_SIZE:BIGRAM_HASH BLOCK_SIZE:TRAIN_SEQ_LEN CONTEXT_LENGTH:TRAIN_SEQ_LEN
+    MAX_SEQ_LEN:TRAIN_SEQ_LEN TOTAL_BATCH_SIZE:TRAIN_BATCH_TOKENS DEVICE_BATCH_SIZE:MICRO_BATCH_TOKENS
+    GRAD_ACCUM_STEPS:MICRO_BATCH_TOKENS EVAL_INTERVAL:VAL_LOSS_EVERY GRADIENT_ACCUMULATION_STEPS:MICRO_BATCH_TOKENS
+    EVAL_EVERY:VAL_LOSS_EVERY LOG_INTERVAL:TRAIN_LOG_EVERY LOG_EVERY:TRAIN_LOG_EVERY RANDOM_SEED:SEED
+    NO_COMPILE:COMPILE_MODE NUM_LOOPS:RECURRENCE_FACTOR SWA_ENABLED: TTT_ENABLED: TTT_LR:
+    QAT_ENABLED:""".split())  # fmt: skip
+# Likewise, but a shell, a container or another program may have set them for its own ends: named, not refused
+ORDINARY = dict(pair.split(":") for pair in """
+    BATCH_SIZE:TRAIN_BATCH_TOKENS SEQ_LEN:TRAIN_SEQ_LEN LR:MATRIX_LR STEPS:ITERATIONS EPOCHS:ITERATIONS DROPOUT:
+    HIDDEN_SIZE:MODEL_DIM DIM:MODEL_DIM DTYPE:PRECISION COMPILE:COMPILE_MODE TORCH_COMPILE:COMPILE_MODE
+    OUTPUT_DIR:ARTIFACT_PATH DATA_DIR:DATA_PATH TOKENIZER:TOKENIZER_PATH
+    MODEL_PATH:ARTIFACT_PATH""".split())  # fmt: skip
+
+def meant(name: str) -> str:
+    return f"did you mean {name}?" if name else "there is nothing like it here"
+
+class Sources(NamedTuple):
+    """Who set what: names of settings that the environment holds."""
+
+    user: frozenset[str]
+    preset: frozenset[str]  # a launch script set them, out of a preset: PRESET_SETTINGS names them
+    foreign: frozenset[str]  # of `ORDINARY`
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Sources:
+        given = env.keys() & {f.name.upper() for f in dataclasses.fields(Config)}
+        preset = frozenset(env.get("PRESET_SETTINGS", "").split()) & given
+        return cls(frozenset(given) - preset, preset, frozenset(env.keys() & ORDINARY.keys()))
+
+    def lines(self, cfg: Config) -> Iterator[str]:
+        """Which settings differ from the defaults and where they come from; then the names that mean nothing here."""
+        default, differ = Config(), defaultdict(list)
+        for f in dataclasses.fields(cfg):
+            name, value = f.name.upper(), getattr(cfg, f.name)
+            source = "environment" if name in self.user else "preset" if name in self.preset else "tokenizer"
+            source = "artifact" if cfg.eval_only and f.metadata["model"] else source
+            if value != getattr(default, f.name) and (f.name != "run_id" or name in self.user):
+                differ[source].append(f"{name}={int(value) if isinstance(value, bool) else value}")
+        yield "settings " + ("; ".join(f"{k}: {' '.join(v)}" for k, v in sorted(differ.items())) or "defaults")
+        for name in sorted(self.foreign):
+            yield f"warning: {name} is not a setting, and the run does not use it; {meant(ORDINARY[name])}"
 
 setting_kinds = functools.cache(get_type_hints)  # evaluates this file's annotations, once
 WITHIN = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -294,6 +363,10 @@ class World:
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
         """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); alone without them."""
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        if "RANK" not in env and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
+            found = f"SLURM_PROCID={env['SLURM_PROCID']!r} SLURM_NTASKS={env.get('SLURM_NTASKS')!r} without RANK"
+            wanted = "a task a machine, which starts torchrun (srun --ntasks-per-node=1 torchrun --nnodes=...)"
+            raise UserError(f"{found}: expected {wanted}, or no SLURM_PROCID for one process alone")
         given = {name: env.get(name, default) for name, default in alone.items()}
         if not all(text.isdecimal() for text in given.values()) or not int(given["RANK"]) < int(given["WORLD_SIZE"]):
             found = f"RANK={given['RANK']!r} WORLD_SIZE={given['WORLD_SIZE']!r}"
@@ -313,7 +386,9 @@ class World:
                 dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"WORLD_SIZE={size}: processes cannot join ({reason}); start with torchrun") from None
+                nets = [f"{key}={env[key]!r}" for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in env]
+                advice = f"is {' or '.join(nets)} a network interface here?" if nets else "start with torchrun"
+                raise UserError(f"WORLD_SIZE={size}: processes cannot join ({reason}); {advice}") from None
         return cls(rank, size, device)
 
     @staticmethod
@@ -403,31 +478,84 @@ class Clock:
         self._start += self._now() - before
 
 class Log:
-    """Rank 0's record: logs/<RUN_ID>.txt and the console. A log that is already there is kept under a numbered name."""
+    """Rank 0's record, LOG_DIR/RUN_ID.txt, and the console. A log that is there is kept under a numbered name; if
+    another run is still writing it, this one gets the number. Training never ends because a line cannot be written."""
 
-    def __init__(self, cfg: Config, world: World, folder: str = "logs") -> None:
-        self._file = None
+    def __init__(self, cfg: Config, world: World) -> None:
+        self.path, self._file, self._console = Path(cfg.log_dir) / f"{cfg.run_id}.txt", None, world.is_main
         self._terminal = world.is_main and sys.stderr.isatty()
         if world.is_main:
-            path = Path(folder) / f"{cfg.run_id}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                number = next(n for n in itertools.count(1) if not path.with_name(f"{cfg.run_id}.{n}.txt").exists())
-                path.rename(path.with_name(f"{cfg.run_id}.{number}.txt"))
-            self._file = open(path, "w", encoding="utf-8", buffering=1)
+            try:
+                self.path, self._file = new_log(self.path)
+            except OSError as error:
+                wanted = f"expected a folder where {self.path.name} can be written ({error.strerror})"
+                raise UserError(f"LOG_DIR={cfg.log_dir!r}: {wanted}") from None
 
     def __call__(self, line: str, console: bool = True) -> None:
-        if self._file is None:
-            return
-        print(line, file=self._file)
-        if console:
+        if self._file:
+            try:
+                self._file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+            except OSError as error:  # the disk is full, a quota is reached
+                self._file = None
+                self.warn(f"{self.path} ends here ({error.strerror}); the run goes on")
+        if console and self._console:
             self.progress("")
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except OSError as error:  # the reader has gone, as `head` does
+                self._console = False
+                with contextlib.suppress(OSError, ValueError):  # or Python complains at its exit
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                self.warn(f"standard output cannot be written ({error.strerror}); the run goes on, see {self.path}")
+
+    def warn(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"train_gpt.py: warning: {text}", file=sys.stderr, flush=True)
 
     def progress(self, text: str) -> None:
         """One line that is written over, on a terminal only."""
         if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+def new_log(path: Path) -> tuple[Path, BinaryIO]:
+    """(path, file) of a log of its own, however many runs start at once; it is held as long as this process lives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_folder(path.parent) as folder:
+        hold(folder, wait=True)
+        if path.exists():
+            with open(path, "rb") as earlier:
+                in_use = not hold(earlier.fileno())
+            if in_use:
+                path = free_name(path)
+            else:
+                path.rename(free_name(path))
+        file = open(path, "xb", buffering=0)
+        hold(file.fileno())
+    return path, file
+
+def free_name(path: Path) -> Path:
+    """The first of run.1.txt, run.2.txt, ... that is free, for run.txt."""
+    names = (path.with_name(f"{path.stem[:200]}.{n}{path.suffix}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+def hold(handle: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has it. Some file systems cannot."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
@@ -438,31 +566,45 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         precision = "fp32" if not gpu else "bf16" if recent else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all: an earlier one survives a full disk or a crash."""
+def write_whole(path: str | Path, data: bytes, keep: bool = False) -> None:
+    """Write a file whole or not at all: an earlier one survives a full disk or a crash. `keep`: and stays in any case,
+    under a numbered name unless it is the same."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")  # short: the file's own name may be as long as names can be
     try:
         with open(partial, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(partial, path)
+        with open_folder(path.parent) as folder:
+            hold(folder, wait=True)
+            if keep and path.exists() and path.read_bytes() != data:
+                path.rename(free_name(path))
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 def check_writable(path: str) -> None:
     """UserError unless the artifact can be written there: known before training, not after it."""
     target = Path(path)
-    if not target.name or target.is_dir():
-        raise UserError(f"ARTIFACT_PATH={path!r}: expected the name of a file")
     try:
+        if not target.name or target.is_dir():
+            raise UserError(f"ARTIFACT_PATH={path!r}: expected the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
+        folder = target.parent.stat()
+        owners = (folder.st_uid, target.stat().st_uid) if target.exists() else ()
+        if folder.st_mode & stat.S_ISVTX and owners and os.geteuid() not in (0, *owners):
+            raise PermissionError(errno.EPERM, "a file of another user, in a folder where only its owner replaces it")
     except OSError as error:
         raise UserError(f"ARTIFACT_PATH={path!r}: expected a file that can be written ({error.strerror})") from None
+
+def check_room(path: str, needed: int) -> None:
+    """UserError if the disk has not so many bytes left for the artifact."""
+    if (free := shutil.disk_usage(Path(path).parent).free) < needed:
+        raise UserError(f"ARTIFACT_PATH={path!r}: {free:,} bytes are free there; expected {needed:,} for the artifact")
 
 
 # ---- 3 Data ----------------------------------------------------------------------------------------------------------
@@ -504,8 +646,8 @@ class TokenStream:
             start = at - (int(self._ends[shard]) - len(self._shards[shard]))
             part = self._shards[shard][start : start + count]
             if (largest := int(part.max())) >= self._vocab_size:
-                where = f"{self.paths[shard]}: token {largest} within {start}..{start + len(part)}"
-                raise UserError(f"{where}, but VOCAB_SIZE={self._vocab_size}")
+                where = f"{self.paths[shard]}: token id {largest} at a position from {start} to {start + len(part) - 1}"
+                raise UserError(f"{where}; expected ids below VOCAB_SIZE={self._vocab_size}")
             parts.append(part)
             position, count = position + len(part), count - len(part)
         return np.concatenate(parts)
@@ -1321,7 +1463,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         wanted = f"0 (no cap), or more than the {reserve_s:.2f} s that TEMP_SCALING takes"
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
-    hooks, losses, pending, epoch, late_graphs = take_step.hooks, [], None, 1, 0
+    hooks, report, pending, epoch, late_graphs = take_step.hooks, StepReport(cfg, log), [], 1, 0
     log(f"startup:{1000 * since_launch_s():.0f}ms")
     clock = Clock(world)
     for step in itertools.count():
@@ -1333,7 +1475,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             break
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
             with clock.paused():
-                scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
+                scores = evaluate(model, val, cfg, world)
             log(validation_line(cfg, step, scores, clock.elapsed()))
         if batches.epoch > epoch:
             epoch = batches.epoch
@@ -1348,13 +1490,13 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         for hook in hooks:
             if line := hook.after_step(step, progress):
                 log(line)
-        # waiting for the loss of the step before keeps the GPU's queue at one step
-        pending, finished = Reading(take_step.grads.loss), pending
-        if finished:
-            losses.append(finished.get())
-            report_step(cfg, log, losses, clock.elapsed(), progress)
-    losses.append(pending.get())
-    report_step(cfg, log, losses, clock.elapsed(), progress)
+        pending.append(Reading(take_step.grads.loss))
+        # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
+        if len(pending) > (world.device.type == "cuda"):
+            report(pending.pop(0).get(), clock.elapsed(), progress)
+    for loss in pending:
+        report(loss.get(), clock.elapsed(), progress)
+    steps_s = world.agree(clock.finish())
     for hook in hooks:
         hook.finish()
     tokens = batches.state()["position"]
@@ -1366,19 +1508,28 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
     take_step.share_latent()
     check_replicas(model, world)
-    return {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * train_time_s / step,
-            "late_graphs": late_graphs, "first_losses": losses[:20]}  # fmt: skip
+    return {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * steps_s / step,
+            "late_graphs": late_graphs, "first_losses": report.losses[:20]}  # fmt: skip
 
-def report_step(cfg: Config, log: Log, losses: list[float], elapsed_s: float, progress: float) -> None:
-    """Log line of the newest loss, if it is its turn; every process stops at a loss that is not finite."""
-    step, loss, ms = len(losses), losses[-1], 1000 * elapsed_s
-    if not math.isfinite(loss):
-        rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
-        raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
-    figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
-    if step <= 5 or step % cfg.train_log_every == 0:
-        log(figures)
-    log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
+class StepReport:
+    """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
+    five seconds. Every process stops at a loss that is not finite."""
+
+    def __init__(self, cfg: Config, log: Log) -> None:
+        self._cfg, self._log, self._next_s = cfg, log, 0.0
+        self.losses: list[float] = []
+
+    def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
+        self.losses.append(loss)
+        cfg, step, ms = self._cfg, len(self.losses), 1000 * elapsed_s
+        if not math.isfinite(loss):
+            rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
+            raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
+        figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
+        if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
+            self._log(figures)
+            self._next_s = elapsed_s + 5
+        self._log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
 
 def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed_s: float) -> str:
     scored = f"val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f}"
@@ -1593,8 +1744,19 @@ def fill_model(model: GPT, symbols: list[np.ndarray]) -> None:
 # ---- 9 Evaluation ----------------------------------------------------------------------------------------------------
 # A model and the validation tokens in; nats per token and bits per byte out. One function for every stride.
 
+def load_tokenizer(path: str) -> Any:
+    """A SentencePieceProcessor; UserError unless the file is a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"TOKENIZER_PATH={path!r}: no such file; expected a SentencePiece model")
+    try:
+        return SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError):
+        raise UserError(f"TOKENIZER_PATH={path!r}: not a SentencePiece model") from None
+
 class ByteTable(NamedTuple):
-    """UTF-8 bytes that each token adds to the decoded text of its document; the denominator of bits per byte."""
+    """UTF-8 bytes that each token adds to the decoded text of its document."""
 
     size: Tensor  # (V,) bytes of the piece; 0 for control and unknown tokens
     space: Tensor  # (V,) bool: the piece begins with the meta space, which decoding drops at the start of a document
@@ -1603,16 +1765,9 @@ class ByteTable(NamedTuple):
     @classmethod
     def load(cls, tokenizer_path: str, vocab_size: int) -> ByteTable:
         """From a SentencePiece model; UserError unless it is one and has `vocab_size` pieces."""
-        from sentencepiece import SentencePieceProcessor
-
-        name = f"TOKENIZER_PATH={tokenizer_path!r}"
-        if not Path(tokenizer_path).is_file():
-            raise FileNotFoundError(f"{name}: no such file; expected a SentencePiece model")
-        try:
-            sp = SentencePieceProcessor(model_file=tokenizer_path)
-        except (RuntimeError, OSError):
-            raise UserError(f"{name}: not a SentencePiece model") from None
+        sp = load_tokenizer(tokenizer_path)
         if sp.vocab_size() != vocab_size:
+            name = f"TOKENIZER_PATH={tokenizer_path!r}"
             raise UserError(f"{name} has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
         sizes, spaces, edges = [], [], []
         for i in range(vocab_size):
@@ -1627,11 +1782,42 @@ class ByteTable(NamedTuple):
         """Bytes of each token given the one before it; both of one shape."""
         return self.size[ids] - (self.space[ids] & self.edge[previous]).long()
 
+    def count_text(self, sp: Any, text: str) -> int:
+        """Bytes of a document of this text, as the tokenizer encodes it."""
+        ids = torch.tensor([sp.bos_id(), *sp.encode(text)])
+        return int(self.count(ids[:-1], ids[1:]).sum())
+
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """What tools/prepare_data.py noted beside the shards; {} where there is no manifest.json. UserError if damaged."""
+    path = Path(data_path) / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
+    return manifest
+
+def check_tokenizer(cfg: Config, manifest: dict[str, Any]) -> str:
+    """SHA-256 of the tokenizer; UserError if the shards were made by another one."""
+    digest = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    files = manifest.get("files") if isinstance(manifest.get("files"), dict) else {}
+    made_by = manifest.get("tokenizer_sha256") or files.get("tokenizer.model", digest)
+    if digest != made_by:
+        shards = f"the shards in DATA_PATH={cfg.data_path!r} were made by {str(made_by)[:12]}..."
+        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path!r} has the SHA-256 {digest[:12]}..., but {shards}")
+    return digest
+
 class ValidationSet(NamedTuple):
     """The validation split as one stream: target i is tokens[i + 1]."""
 
     tokens: Tensor  # (num_targets + 1,) int64 on the device
-    num_bytes: int  # of all targets
+    num_bytes: int  # of all targets: of the text that went into the tokenizer
+    decoded_bytes: int = 0  # of the text that comes out of it
+    tokenizer_sha256: str = ""
+    notes: tuple[str, ...] = ()  # what the log says about the bytes
 
     @classmethod
     def load(cls, cfg: Config, world: World) -> ValidationSet:
@@ -1639,13 +1825,69 @@ class ValidationSet(NamedTuple):
         count = min(stream.num_tokens, cfg.val_max_tokens + 1 if cfg.val_max_tokens else stream.num_tokens)
         if count < 2:
             raise UserError(f"DATA_PATH={cfg.data_path!r}: {count} token to validate on; expected at least 2")
-        tokens = torch.from_numpy(stream.read(0, count).astype(np.int64))
-        num_bytes = int(ByteTable.load(cfg.tokenizer_path, cfg.vocab_size).count(tokens[:-1], tokens[1:]).sum())
-        return cls(tokens.to(world.device), num_bytes)
+        table, manifest = ByteTable.load(cfg.tokenizer_path, cfg.vocab_size), read_manifest(cfg.data_path)
+        digest, tokens = check_tokenizer(cfg, manifest), torch.from_numpy(stream.read(0, count).astype(np.int64))
+        decoded = int(table.count(tokens[:-1], tokens[1:]).sum())
+        if noted := document_bytes(cfg, manifest):
+            num_bytes, notes = input_bytes(cfg, stream, table, tokens, noted), []
+            if num_bytes != decoded:
+                changed = f"{num_bytes} bytes went in, {decoded} come out"
+                notes = [f"the tokenizer changes the text: {changed}; bits are per byte that went in"]
+        else:
+            num_bytes, notes = decoded, unproven_bytes(cfg, table, tokens, manifest)
+        if num_bytes < 1:
+            raise UserError(f"DATA_PATH={cfg.data_path!r}: the {count - 1} tokens to validate on stand for 0 bytes")
+        return cls(tokens.to(world.device), num_bytes, decoded, digest, tuple(notes))
 
     @property
     def num_targets(self) -> int:
         return len(self.tokens) - 1
+
+def document_bytes(cfg: Config, manifest: dict[str, Any]) -> list[int]:
+    """UTF-8 bytes of each validation document before the tokenizer, as noted with the shards; [] if they were not."""
+    val = manifest.get("val")
+    noted = val.get("document_bytes", []) if isinstance(val, dict) else []
+    if not isinstance(noted, list) or not all(type(n) is int and n >= 0 for n in noted):
+        where = f"DATA_PATH={cfg.data_path!r}: manifest.json: val.document_bytes"
+        raise UserError(f"{where}: expected a list of whole numbers")
+    return noted
+
+def input_bytes(cfg: Config, stream: TokenStream, table: ByteTable, tokens: Tensor, noted: list[int]) -> int:
+    """Bytes of the text that went into the tokenizer and became `tokens`, the first of the stream; `noted`: of each
+    document. Of the document that VAL_MAX_TOKENS cuts, if any, it is the cut's share by the decoded bytes."""
+    bos, whole = load_tokenizer(cfg.tokenizer_path).bos_id(), tokens
+    while len(whole) < stream.num_tokens and not (whole[len(tokens) :] == bos).any():  # the last document to its end
+        more = stream.read(len(whole), min(2**16, stream.num_tokens - len(whole)))
+        whole = torch.cat([whole, torch.from_numpy(more.astype(np.int64))])
+    starts = (whole == bos).nonzero().flatten().tolist()
+    end = next((start for start in starts if start >= len(tokens)), len(whole))
+    starts = [start for start in starts if start < len(tokens)]
+    cut = len(tokens) < stream.num_tokens
+    if not starts or starts[0] or not (len(starts) <= len(noted) if cut else len(starts) == len(noted)):
+        found = f"{len(starts)} documents, the first at token {starts[0] if starts else 'none'}"
+        expected = f"expected what manifest.json notes, {len(noted)} from token 0 on"
+        raise UserError(f"DATA_PATH={cfg.data_path!r}: the validation shards hold {found}; {expected}")
+    *complete, last = noted[: len(starts)]
+    share = whole[starts[-1] : end]
+    decoded, scored = table.count(share[:-1], share[1:]), len(tokens) - starts[-1] - 1
+    fraction = int(decoded[:scored].sum()) / max(1, int(decoded.sum())) if scored < len(decoded) else 1
+    return sum(complete) + round(last * fraction)
+
+def unproven_bytes(cfg: Config, table: ByteTable, tokens: Tensor, manifest: dict[str, Any]) -> list[str]:
+    """What to say where only the decoded text's bytes are known; UserError where they cannot be those of the input."""
+    sp, name = load_tokenizer(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
+    wanted = "expected shards whose manifest.json holds document_bytes (tools/prepare_data.py)"
+    if sp.unk_id() >= 0 and (unknown := int((tokens == sp.unk_id()).sum())):
+        raise UserError(f"{name}: {unknown} validation tokens are unknown pieces, whose bytes nobody knows; {wanted}")
+    probes = [text for text in ("a", "a b", "a  b\n \ufb01") if sp.unk_id() not in sp.encode(text)]
+    counts = {text: table.count_text(sp, text) for text in probes}
+    for text, counted in counts.items():
+        if counted != len(text) and text in ("a", "a b"):
+            raise UserError(f"{name}: the text {text!r} counts as {counted} bytes, it has {len(text)}; {wanted}")
+    notes = [] if manifest else ["warning: no manifest.json beside the shards: is the tokenizer theirs?"]
+    if counts.get("a  b\n \ufb01", 9) != 9:
+        notes.append("the tokenizer normalizes; bits are per byte that comes out of it, as on the leaderboard")
+    return notes
 
 def window_plan(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """(start, first scored position) of each window; the scored spans tile [0, num_targets) exactly once.
@@ -1663,13 +1905,13 @@ def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tens
     return model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], temperature.view(1))[0]
 
 @torch.no_grad()
-def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
+def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int = 0) -> tuple[float, float]:
     """(nats per token, bits per byte) of the validation split, every target scored once.
 
-    stride == train_seq_len: chunked, temperature 1. Another stride: sliding windows, the model's temperature.
+    Without a stride: chunked, temperature 1. With one: sliding windows, the model's temperature.
     """
-    chunked = stride == cfg.train_seq_len
-    seq_len = cfg.train_seq_len if chunked else cfg.score_window
+    chunked = not stride
+    seq_len, stride = (cfg.train_seq_len, cfg.train_seq_len) if chunked else (cfg.score_window, stride)
     temperature = torch.ones_like(model.temperature) if chunked else model.temperature
     starts, firsts = (torch.from_numpy(a).to(world.device) for a in window_plan(val.num_targets, seq_len, stride))
     per_step = cfg.val_batch_size // world.size if chunked else cfg.sliding_batch_size * seq_len
@@ -1741,9 +1983,10 @@ def calibration_sequences(cfg: Config, world: World) -> int:
 # What the log says about the run besides its losses.
 
 def git_commit() -> str:
-    """The commit that the file stands at, "+" if it was changed since; "unknown" outside a repository."""
+    """The commit that the file stands at, "+" if it was changed since; "unknown" if git does not track it."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "--", __file__], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", __file__], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
@@ -1753,21 +1996,35 @@ def git_commit() -> str:
 def gpu_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "none"
 
-def log_start(cfg: Config, world: World, ops: Ops, log: Log) -> None:
+def log_start(cfg: Config, world: World, ops: Ops, log: Log, said: Sources, notes: tuple[str, ...]) -> None:
     """The source, the versions and the resolved config: a run is reproduced from its log alone."""
-    log(Path(__file__).read_text(encoding="utf-8"), console=False)
-    attention = "FlashAttention-3" if ops.attend.__name__ == "flash" else "PyTorch SDPA"
+    log(Path(__file__).read_bytes().decode(), console=False)  # bytes: line ends as they are
+    attention = {"flash": "FlashAttention-3", "block_attend": "blocks"}.get(ops.attend.__name__, "PyTorch SDPA")
     log(f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__} "
         f"device:{world.device.type} gpu:{gpu_name(world)} threads:{torch.get_num_threads()} attention:{attention} "
         f"precision:{compute_dtype(cfg.precision, world.device)}")
     log("config " + json.dumps(dataclasses.asdict(cfg)), console=False)
+    for line in (*said.lines(cfg), *notes):
+        log(line)
 
 def count_parameters(model: GPT) -> tuple[int, int]:
     """(all, ternary) weights that are trained and saved."""
     sizes = [(p.numel(), role.storage) for _, _, p, role in saved_parameters(model)]
     return sum(n for n, _ in sizes), sum(n for n, storage in sizes if storage == "ternary")
 
-def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
+def save_bytes(blob: bytes, cfg: Config, log: Log) -> str:
+    """Write the artifact. The file that holds it: ARTIFACT_PATH or, where it cannot be written any more, one beside the
+    log or in the folder for temporary files."""
+    name = f"{log.path.stem}.ternary.ptz"
+    for path in (Path(cfg.artifact_path), log.path.with_name(name), Path(tempfile.gettempdir()) / name):
+        try:
+            write_whole(path, blob, keep=True)
+            return str(path)
+        except OSError as error:
+            log.warn(f"the artifact cannot be written to {path} ({error.strerror})")
+    raise UserError(f"ARTIFACT_PATH={cfg.artifact_path!r}: cannot be written, nor can a file elsewhere")
+
+def log_artifact(blob: bytes, path: str, model: GPT, log: Log) -> dict[str, Any]:
     """Sizes against the budget: the artifact and the file that ran."""
     code = Path(__file__).read_bytes()
     params, ternary = count_parameters(model)
@@ -1775,18 +2032,19 @@ def log_artifact(blob: bytes, model: GPT, log: Log) -> dict[str, Any]:
     packed = [len(data) for data in container.streams]
     total = len(blob) + len(code)
     log(f"artifact:{len(blob) / 1e6:.2f}MB ternary:{ternary}({packed[0] + packed[1]}B) "
-        f"fp:{params - ternary}({packed[2] + packed[3]}B) code:{len(code)} codec:{container.codec}")
+        f"fp:{params - ternary}({packed[2] + packed[3]}B) code:{len(code)} codec:{container.codec} path:{path}")
     verdict = "FITS" if total <= BUDGET_BYTES else "OVER"
     log(f"budget:{total}/{BUDGET_BYTES} ({total / 1e6:.2f}/{BUDGET_BYTES / 1e6:.2f}MB) {verdict}")
     return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code),
             "total_bytes": total, "codec": container.codec, "stream_bytes": dict(zip(STREAMS, packed, strict=True)),
-            "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_sha256": hashlib.sha256(blob).hexdigest()}
+            "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_path": path}
 
 def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, log: Log) -> dict[str, Any]:
     """The reported scores of a reloaded model: chunked, then sliding."""
-    result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.score_stride}
+    result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.score_stride,
+                              "decoded_bytes": val.decoded_bytes, "tokenizer_sha256": val.tokenizer_sha256}
     clock = Clock(world)
-    loss, bpb = evaluate(model, val, cfg, world, cfg.train_seq_len)
+    loss, bpb = evaluate(model, val, cfg, world)
     log(f"final_ternary_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * clock.finish():.0f}ms")
     result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "sliding_val_loss": None, "sliding_val_bpb": None}
     if cfg.sliding_eval:
@@ -4149,52 +4407,65 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
     micro_batches, _ = batch_layout(cfg, world.size)
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} "
         f"kv:{cfg.num_kv_heads} ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
+    params, ternary = count_parameters(model)
+    check_room(cfg.artifact_path, ternary // 4 + 2 * (params - ternary))
     run = train(model, cfg, world, log, val)
     with rounded_once(model):
-        scores = evaluate(model, val, cfg, world, cfg.train_seq_len)
+        scores = evaluate(model, val, cfg, world)
     run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
     log(f"{validation_line(cfg, run['steps'], scores, run['train_time_s'])} zero_frac:{run['zero_frac']:.3f}")
     clock = Clock(world)
-    blob = b""
+    blob, path = b"", cfg.artifact_path
     if world.is_main:
         blob = save_artifact(model, cfg)
-        write_whole(cfg.artifact_path, blob)
+        path = save_bytes(blob, cfg, log)
     blob = world.share_bytes(blob)
-    return blob, run | log_artifact(blob, model, log) | {"export_time_s": clock.finish()}
+    return blob, run | log_artifact(blob, path, model, log) | {"export_time_s": clock.finish()}
 
-def artifact_config(cfg: Config, artifact_cfg: Config) -> Config:
-    """The environment's config with the artifact's model settings; UserError where another is asked for."""
-    own, default, stored = cfg.exported().model_settings(), Config().model_settings(), artifact_cfg.model_settings()
+def artifact_config(cfg: Config, artifact_cfg: Config, said: Collection[str] = ()) -> Config:
+    """The environment's config with the artifact's model settings; UserError where the user said another one."""
+    own, stored = cfg.exported().model_settings(), artifact_cfg.model_settings()
     for name in own:
-        if own[name] != stored[name] and own[name] != default[name]:
+        if own[name] != stored[name] and name in said:
             other = f"the model in ARTIFACT_PATH={cfg.artifact_path!r} has {name}={stored[name]}"
             raise UserError(f"{name}={own[name]}, but {other}")
     return dataclasses.replace(cfg.exported(), **{name.lower(): getattr(artifact_cfg, name.lower()) for name in own})
 
-def read_artifact(cfg: Config) -> tuple[bytes, Config]:
+def read_artifact(cfg: Config, said: Sources) -> tuple[bytes, Config]:
     """EVAL_ONLY: the artifact's bytes, and the config with its model settings."""
     path = Path(cfg.artifact_path)
     if not path.is_file():
         raise FileNotFoundError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
     blob = path.read_bytes()
-    return blob, artifact_config(cfg, read_container(blob).cfg)
+    return blob, artifact_config(cfg, read_container(blob).cfg, said.user)
+
+def fit_vocabulary(cfg: Config, said: Sources) -> tuple[Config, Sources]:
+    """VOCAB_SIZE as the tokenizer has it, unless the user said it."""
+    if "VOCAB_SIZE" in said.user or (pieces := load_tokenizer(cfg.tokenizer_path).vocab_size()) == cfg.vocab_size:
+        return cfg, said
+    return dataclasses.replace(cfg, vocab_size=pieces), said._replace(preset=said.preset - {"VOCAB_SIZE"})
 
 def main() -> None:
-    cfg = Config.from_env()
-    blob, cfg = read_artifact(cfg) if cfg.eval_only else (b"", cfg)
+    cfg, said, blob = Config.from_env(), Sources.from_env(), b""
+    if cfg.eval_only:
+        blob, cfg = read_artifact(cfg, said)
+    else:
+        cfg, said = fit_vocabulary(cfg, said)
     world = World.from_env()
     if not cfg.eval_only:
         for shape in cfg.step_shapes():
             batch_layout(cfg, world.size, shape)  # every process gets its share, or the run ends here
-        check_writable(cfg.artifact_path)
     val, ops = ValidationSet.load(cfg, world), fast_ops(cfg, world.device)
+    if not cfg.eval_only:
+        check_writable(cfg.artifact_path)
     log = Log(cfg, world)
-    log_start(cfg, world, ops, log)
-    result = {"run_id": cfg.run_id, "seed": cfg.seed}
+    log_start(cfg, world, ops, log, said, val.notes)
+    result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)}
     with attention_backends(world.device):
         if not cfg.eval_only:
             blob, run = train_and_export(cfg, world, ops, log, val)
             result |= run
+        result["artifact_sha256"] = hashlib.sha256(blob).hexdigest()
         model, _ = load_artifact(blob, cfg.precision)  # from here on, only what the bytes hold
         with rounded_once(model.to(world.device).use(ops)):
             result |= score_artifact(model, val, cfg, world, log)
@@ -4203,12 +4474,21 @@ def main() -> None:
     log("result " + json.dumps(result))
     world.close()
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came: the run ends, and what it has half written goes. A second one ends it at once."""
+
+def stop(number: int, frame: Any) -> None:  # noqa: ARG001
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    raise Stopped(number)
+
 def run(arguments: list[str]) -> int:
     """main() with a user's errors as one line on stderr and exit code 2."""
-    if arguments in (["-h"], ["--help"]):
-        print(help_text())
-        return 0
     try:
+        if arguments in (["-h"], ["--help"]):
+            with contextlib.suppress(BrokenPipeError):  # | head
+                print(help_text(), flush=True)
+            return 0
         if arguments:
             raise UserError(f"{arguments[0]!r}: expected no argument but --help; settings are environment variables")
         main()
@@ -4220,5 +4500,20 @@ def run(arguments: list[str]) -> int:
         return 2
     return 0
 
+def run_until_stopped(arguments: list[str]) -> int:
+    """run(); after SIGINT and SIGTERM one line and exit code 130 or 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.reconfigure(errors="backslashreplace")  # for a console that cannot show the characters of a path
+    try:
+        return run(arguments)
+    except Stopped as reason:
+        number = reason.args[0]
+        if World.speaks():
+            print(f"\ntrain_gpt.py: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # Python itself would end only when its threads have computed all that they have queued
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_until_stopped(sys.argv[1:]))

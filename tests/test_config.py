@@ -12,7 +12,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 from conftest import ROOT, TINY, launch, tiny_config
 
-from train_gpt import RULES, Config, UserError, help_text, run
+import train_gpt
+from train_gpt import RULES, Config, Sources, UserError, help_text, run
 
 README_640 = """
     DATA_PATH=./data/datasets/fineweb10B_sp8192 TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe.model RUN_ID=ternary_run
@@ -52,6 +53,38 @@ def test_defaults_are_the_published_model_but_for_what_the_readme_says():
 def test_a_misspelt_name_stops_the_run_and_names_the_setting(typo):
     with pytest.raises(UserError, match=f"{typo}='3'.*did you mean [A-Z_]+"):
         Config.from_env({typo: "3"})
+
+
+@pytest.mark.parametrize("name", """EVAL_STRIDE GRAD_CLIP MAX_WALLCLOCK LEARNING_RATE EVAL_SEQ_LEN MUON_LR WEIGHT_DECAY MAX_STEPS N_LAYER
+    BLOCK_SIZE TTT_ENABLED LR_SCHEDULE""".split())  # fmt: skip
+def test_a_name_of_another_script_is_refused_and_says_what_it_is_here(name):
+    with pytest.raises(UserError, match=f"^{name}='8' is not a setting; (did you mean [A-Z_]+\\?|there is nothing like it here)$"):
+        Config.from_env({name: "8"})
+
+
+@pytest.mark.parametrize("name", ["BATCH_SIZE", "SEQ_LEN", "LR", "EPOCHS", "DROPOUT"])
+def test_a_name_that_an_environment_may_hold_is_warned_of(name):
+    cfg, said = Config.from_env({name: "8"}), Sources.from_env({name: "8"})
+    assert dataclasses.asdict(cfg) == dataclasses.asdict(Config(run_id=cfg.run_id))
+    warning = [line for line in said.lines(cfg) if line.startswith("warning: ")]
+    assert len(warning) == 1 and f"{name} is not a setting" in warning[0] and ("did you mean" in warning[0] or "nothing like it" in warning[0])
+
+
+def test_the_tables_of_foreign_names_lead_to_settings_and_hold_none():
+    names = {f.name.upper() for f in dataclasses.fields(Config)}
+    tables = train_gpt.FOREIGN | train_gpt.ORDINARY
+    assert len(tables) == len(train_gpt.FOREIGN) + len(train_gpt.ORDINARY)
+    assert set(tables.values()) <= names | {""} and not tables.keys() & names
+
+
+def test_the_log_says_which_settings_differ_and_where_they_come_from():
+    env = {"SEED": "7", "EMA": "1", "NUM_LAYERS": "3", "MODEL_DIM": "768", "PRESET_SETTINGS": "NUM_LAYERS MODEL_DIM MATRIX_LR", "MATRIX_LR": "0.04"}
+    said = Sources.from_env(env)
+    assert (said.user, said.preset) == ({"SEED", "EMA"}, {"NUM_LAYERS", "MODEL_DIM", "MATRIX_LR"})
+    assert [*said.lines(Config.from_env(env))] == ["settings environment: SEED=7 EMA=1; preset: NUM_LAYERS=3"]
+    taken = dataclasses.replace(Config.from_env(env), vocab_size=320)
+    assert [*said.lines(taken)] == ["settings environment: SEED=7 EMA=1; preset: NUM_LAYERS=3; tokenizer: VOCAB_SIZE=320"]
+    assert [*Sources.from_env({}).lines(Config())] == ["settings defaults"]
 
 
 def test_nine_of_ten_slips_are_caught():

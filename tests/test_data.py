@@ -41,7 +41,7 @@ def test_a_token_outside_the_vocabulary_names_the_shard(tmp_path):
     write_shard(tmp_path / "fineweb_train_000001.bin", np.full(100, 320))
     stream = TokenStream(tiny_config(data_path=tmp_path), "train")
     stream.read(0, 100)
-    with pytest.raises(UserError, match="fineweb_train_000001.bin: token 320.*VOCAB_SIZE=320"):
+    with pytest.raises(UserError, match="fineweb_train_000001.bin: token id 320 at a position from .*VOCAB_SIZE=320"):
         stream.read(50, 60)
 
 

@@ -75,7 +75,7 @@ def test_every_system_learns_and_comes_back_exactly(data_dir, tmp_path, monkeypa
         assert run["first_losses"][-1] < run["first_losses"][0] - 0.2, (name, run["first_losses"])
         model, loaded = train_gpt.load_artifact(blob)
         assert loaded.model_settings() == cfg.model_settings(), name
-        assert train_gpt.evaluate(model.use(ops), val, cfg, world, cfg.train_seq_len) == (run["val_loss"], run["val_bpb"]), name
+        assert train_gpt.evaluate(model.use(ops), val, cfg, world) == (run["val_loss"], run["val_bpb"]), name
     done = launch(tiny_arm("pr126_60m", data_dir), tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.rsplit("\nresult ", 1)[1])

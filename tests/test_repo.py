@@ -15,7 +15,7 @@ LINES, TREE = SOURCE.splitlines(), ast.parse(SOURCE)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 SECTIONS = [(i, *m.groups()) for i, line in enumerate(LINES, 1) if (m := re.match(r"# ---- (\d+) (.+?) -+$", line))]  # (line, number, title)
 
-MOST_LINES = {"default": 1890, "kernels": 1090, "option": 1250, "all": 4230}
+MOST_LINES = {"default": 2180, "kernels": 1090, "option": 1250, "all": 4520}
 
 
 def kind(line: int) -> str:
@@ -93,7 +93,8 @@ def test_no_global_no_pickle_no_names_as_structure():
 def test_the_environment_is_read_in_few_places_only():
     inside = {id(n): f.name for f in FUNCTIONS for n in ast.walk(f)}
     users = {inside.get(id(n), "the file") for n in ast.walk(TREE) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")}
-    assert users <= {"from_env", "speaks", "keep_compiled"}  # the last one names the caches of compiled kernels
+    # the third one names the caches of compiled kernels, the file itself how OpenMP's threads wait
+    assert users <= {"from_env", "speaks", "keep_compiled", "the file"}
 
 
 def test_runtime_needs_torch_numpy_sentencepiece_and_the_standard_library():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt
-from train_gpt import Clock, Config, Log, UserError, World, check_writable, compute_dtype
+from train_gpt import Clock, Config, Log, Sources, UserError, World, check_writable, compute_dtype
 
 
 def test_one_process_is_the_same_code_with_size_1():
@@ -42,13 +45,53 @@ def test_the_clock_leaves_out_what_runs_paused():
 
 def test_an_earlier_log_is_kept(tmp_path, capsys):
     for i in range(3):
-        log = Log(Config(run_id="x"), World(), folder=str(tmp_path))
+        log = Log(Config(run_id="x", log_dir=str(tmp_path)), World())
         log(f"line {i}")
         log("source", console=False)
+        del log  # the run ends
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: f"line {i}\nsource\n" for i, name in enumerate(("x.1.txt", "x.2.txt", "x.txt"))}
     assert capsys.readouterr().out == "line 0\nline 1\nline 2\n"
-    Log(Config(run_id="y"), World(rank=1, size=2), folder=str(tmp_path))("nothing")
+    Log(Config(run_id="y", log_dir=str(tmp_path)), World(rank=1, size=2))("nothing")
     assert len([*tmp_path.iterdir()]) == 3 and not capsys.readouterr().out
+
+
+def test_runs_at_once_have_a_log_each_and_keep_its_name(tmp_path):
+    (tmp_path / "x.txt").write_text("earlier")
+    with ThreadPoolExecutor(8) as pool:  # each opens the file for itself, as processes do
+        logs = [*pool.map(lambda _: Log(Config(run_id="x", log_dir=str(tmp_path)), World()), range(8))]
+    for i, log in enumerate(logs):
+        log(f"run {i}")
+    assert sorted(log.path.read_text() for log in logs) == sorted(f"run {i}\n" for i in range(8))
+    assert len({log.path for log in logs}) == 8 and tmp_path / "x.txt" in {log.path for log in logs}
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == sorted(["earlier", *(f"run {i}\n" for i in range(8))])
+
+
+def test_a_log_begins_with_the_bytes_of_the_file_whatever_its_line_ends(tmp_path, monkeypatch):
+    source = tmp_path / "windows.py"
+    source.write_bytes(b"# first\r\n# second\r\n")
+    monkeypatch.setattr(train_gpt, "__file__", str(source))
+    cfg = Config(run_id="x", log_dir=str(tmp_path))
+    log = Log(cfg, World())
+    train_gpt.log_start(cfg, World(), train_gpt.fast_ops(cfg, torch.device("cpu")), log, Sources(*[frozenset()] * 3), ())
+    assert log.path.read_bytes().startswith(source.read_bytes() + b"\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_that_cannot_grow_ends_with_a_warning_and_the_run_goes_on(tmp_path, capsys):
+    log = Log(Config(run_id="x", log_dir=str(tmp_path)), World())
+    log("first")
+    log._file = open("/dev/full", "wb", buffering=0)
+    log("second")
+    log("third")
+    out, err = capsys.readouterr()
+    assert out == "first\nsecond\nthird\n"
+    assert err.count("\n") == 1 and f"{log.path} ends here (No space left on device)" in err
+
+
+def test_a_folder_that_cannot_hold_the_log_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"LOG_DIR='.*file': expected a folder where x.txt can be written"):
+        Log(Config(run_id="x", log_dir=str(tmp_path / "file")), World())
 
 
 def test_precision_auto_takes_what_the_gpu_has(monkeypatch):
@@ -89,3 +132,84 @@ def test_a_path_that_cannot_be_written_is_known_before_training(tmp_path):
     for path, expected in ((tmp_path, "the name of a file"), (tmp_path / "file" / "x.ptz", "a file that can be written")):
         with pytest.raises(UserError, match=f"ARTIFACT_PATH='.*': expected {expected}"):
             check_writable(str(path))
+
+
+def test_a_name_as_long_as_names_can_be_is_written_and_kept(tmp_path):
+    path = tmp_path / ("n" * 251 + ".ptz")
+    check_writable(str(path))
+    for data in (b"first", b"second", b"second"):
+        train_gpt.write_whole(path, data, keep=True)
+    assert sorted(p.read_bytes() for p in tmp_path.iterdir()) == [b"first", b"second"] and path.read_bytes() == b"second"
+    with pytest.raises(UserError, match="File name too long"):
+        check_writable(str(tmp_path / ("n" * 256)))
+
+
+def test_another_users_file_in_a_sticky_folder_is_known_before_training(tmp_path, monkeypatch):
+    path = tmp_path / "model.ptz"
+    path.write_bytes(b"theirs")
+    monkeypatch.setattr(train_gpt.os, "geteuid", lambda: path.stat().st_uid + 1)
+    check_writable(str(path))
+    tmp_path.chmod(0o1777)
+    with pytest.raises(UserError, match="a file of another user"):
+        check_writable(str(path))
+    check_writable(str(tmp_path / "other.ptz"))
+
+
+def test_a_full_disk_is_known_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    train_gpt.check_room(str(tmp_path / "model.ptz"), 999)
+    with pytest.raises(UserError, match="999 bytes are free there; expected 1,000"):
+        train_gpt.check_room(str(tmp_path / "model.ptz"), 1000)
+
+
+def test_an_artifact_that_cannot_be_written_any_more_is_saved_elsewhere(tmp_path, monkeypatch, capsys):
+    """ARTIFACT_PATH, then beside the log, then the folder for temporary files: wherever the bytes are, the line says it."""
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"not a folder")
+    log = Log(Config(run_id="x", log_dir=str(tmp_path / "logs")), World())
+    cfg = Config(artifact_path=str(blocked / "model.ptz"))
+    assert train_gpt.save_bytes(b"model", cfg, log) == str(tmp_path / "logs" / "x.ternary.ptz")
+    assert (tmp_path / "logs" / "x.ternary.ptz").read_bytes() == b"model"
+    assert str(blocked) in capsys.readouterr().err
+    log.path = blocked / "x.txt"
+    monkeypatch.setattr(train_gpt.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    assert train_gpt.save_bytes(b"model", cfg, log) == str(tmp_path / "temporary" / "x.ternary.ptz")
+    monkeypatch.setattr(train_gpt.tempfile, "gettempdir", lambda: str(blocked))
+    with pytest.raises(UserError, match="ARTIFACT_PATH=.*file elsewhere"):
+        train_gpt.save_bytes(b"model", cfg, log)
+
+
+def test_srun_without_torchrun_is_refused_and_says_how():
+    with pytest.raises(UserError, match="SLURM_PROCID='1' SLURM_NTASKS='4' without RANK.*torchrun"):
+        World.from_env({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"})
+    assert World.from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).size == 1
+
+
+def test_the_interface_is_named_where_processes_cannot_join(monkeypatch):
+    def nothing(*_, **__):
+        raise RuntimeError("Unable to find address for: nosuch0")
+
+    monkeypatch.setattr(train_gpt.dist, "init_process_group", nothing)
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME='nosuch0' a network interface here"):
+        World.from_env(env | {"GLOO_SOCKET_IFNAME": "nosuch0"})
+    with pytest.raises(UserError, match="start with torchrun"):
+        World.from_env(env)
+
+
+def test_the_commit_of_a_file_that_git_does_not_track_is_unknown(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True)
+
+    for name in ("tracked.py", "copy.py"):
+        (tmp_path / name).write_text("code")
+    git("init")
+    git("add", "tracked.py")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "tracked.py"))
+    commit = train_gpt.git_commit()
+    assert len(commit) == 40
+    (tmp_path / "tracked.py").write_text("changed")
+    assert train_gpt.git_commit() == commit + "+"
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "copy.py"))
+    assert train_gpt.git_commit() == "unknown"

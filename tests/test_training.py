@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, fresh_model, gpu_ops, tiny_config, tiny_model, tokens, train_steps
 
 import train_gpt
-from train_gpt import Hook, Log, TrainingStep, UserError, ValidationSet, World, batch_layout, train, training_loss
+from train_gpt import Hook, Log, StepReport, TrainingStep, UserError, ValidationSet, World, batch_layout, train, training_loss
 
 GOLDEN = json.loads((ROOT / "tests/data/golden_losses.json").read_text())
 
@@ -155,3 +155,32 @@ def test_nothing_compiles_once_the_clock_runs(data_dir, monkeypatch):
     assert run["late_graphs"] == 0 and len(graphs) > 8
     assert sum(re.fullmatch(r"startup:[1-9]\d*ms", line) is not None for line in log.lines) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [1, 2, 3, 4, 5, 10, 15, 20]), (8, [1, 2, 3, 4, 5, 8, 16])])
+def test_a_loss_is_logged_every_five_seconds_unless_steps_are_asked_for(every, steps):
+    log = silent_log()
+    report = StepReport(tiny_config(train_log_every=every), log)
+    for step in range(1, 22):
+        report(2.0, float(step), step / 24)  # a second each
+    assert log.lines == [f"step:{step}/24 loss:2.0000 t:{step}000ms avg:1000.0ms" for step in steps]
+
+
+def test_the_time_of_a_step_is_in_its_own_line_and_the_temperature_in_no_step(data_dir, monkeypatch):
+    """On a CPU: a step that takes long shows in the line of that step, and what follows the last step in none."""
+    cfg, log, take = tiny_config(data_path=data_dir, iterations=3, warmup_steps=0), silent_log(), TrainingStep.take
+
+    def slow_third_step(step, x, y):
+        take(step, x, y)
+        time.sleep(0.4 * (len([line for line in log.lines if line.startswith("step:")]) == 2))
+
+    def slow_temperature(*_):
+        time.sleep(0.7)
+        return 1.0
+
+    monkeypatch.setattr(TrainingStep, "take", slow_third_step)
+    monkeypatch.setattr(train_gpt, "calibrate_temperature", slow_temperature)
+    run = train(fresh_model(cfg), cfg, World(), log, None)
+    times = [int(re.search(r" t:(\d+)ms", line)[1]) for line in log.lines if line.startswith("step:")]
+    assert len(times) == 3 and times[1] < 400 <= times[2] - times[1]
+    assert run["train_time_s"] - 3 * run["ms_per_step"] / 1000 >= 0.69

@@ -21,9 +21,12 @@ HEAD = """# Settings
 This page is made by `tools/settings_page.py` from `train_gpt.py`; `python train_gpt.py --help` prints the same.
 
 Every setting is an environment variable. The names are those of pull request #640, whose README command (68 variables) runs
-unchanged. A misspelt name, a value that does not parse or lies outside its range, and a combination that makes no sense stop the
-run in one line that names the variable, the value and what was expected; the exit code is then 2. Switches are 0 or 1. A setting
-of a switch that is off has no effect.
+unchanged. A misspelt name, a name that other scripts have for a setting (`EVAL_STRIDE`, `LEARNING_RATE`), a value that does not
+parse or lies outside its range, and a combination that makes no sense stop the run in one line that names the variable, the value
+and what was expected; the exit code is then 2. Names that other programs may have set for themselves (`BATCH_SIZE`, `LR`) are
+warned of. The log's line `settings` says which settings differ from the defaults, and whether they come from the environment, a
+preset (a launch script names in PRESET_SETTINGS what it took from one), the tokenizer or the artifact. Switches are 0 or 1. A
+setting of a switch that is off has no effect. VOCAB_SIZE, where nobody says it, is the tokenizer's.
 
 *Model* marks what defines the model: an artifact holds these settings, and with `EVAL_ONLY=1` they come from there. A number
 after a meaning, such as #126, names the pull request that a setting comes from; [systems.md](systems.md) says what those are.
