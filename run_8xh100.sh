@@ -63,7 +63,7 @@ if changed:
 CHECK
 }
 
-# choose_seeds: SEED's numbers, or the record's three, into $seeds.
+# choose_seeds: SEED's numbers, or the record's three, into $seeds; the one with the longest name into $largest.
 choose_seeds() {
   local seed seen=''
   read -r -d '' -a seeds <<<"${SEED:-42 1337 7}" || : # the end of the text is no newline
@@ -72,6 +72,7 @@ choose_seeds() {
     [[ $seed =~ ^(0|[1-9][0-9]{0,17})$ ]] || die "SEED='$SEED': expected whole numbers, found '$seed'"
     [[ "$seen " != *" $seed "* ]] || die "SEED='$SEED': expected each seed once"
     seen+=" $seed"
+    ((seed <= largest)) || largest=$seed
   done
 }
 
@@ -88,14 +89,14 @@ run_seed() {
   } 3>&1
   ((status == 0)) && logs+=("$folder/$run_id.txt") && return
   said=$(sed -n -E "/^train_gpt\.py: warning: /d; s#^(train_gpt\.py|.*/${packed##*/}): (.*)#\2#p" "$complaints" | tail -n 1)
-  [[ -z $said ]] || { say "error: seed $1: $said" && exit 2; }
+  [[ -z $said ]] || { say "error: seed $1: $said" && exit $((status > 128 ? status : 2)); } # above 128: it was stopped
   say "error: seed $1 failed with exit code $status; log: $folder/$run_id.txt"
   exit "$status"
 }
 
 main() {
   local python=${TRAIN_PYTHON:-$VENV_PYTHON} nproc=${NPROC:-8} folder=${LOG_DIR:-logs} prefix submission packed source complaints
-  local seed seeds=() check=() logs=()
+  local seed largest=0 seeds=() check=() logs=()
   cd "$ROOT"
   if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then
     sed -n '2,/^set -/s/^# \{0,1\}//p' run_8xh100.sh
@@ -113,7 +114,7 @@ main() {
   [[ $nproc =~ ^[1-9][0-9]{0,3}$ ]] || die "NPROC=$nproc: expected a whole number, 1 to 9999"
   [[ " $* " != *" --check"[\ =]* ]] || die "--check: this script does it by itself"
   command -v "$python" >/dev/null || die "$python: not there; bash setup.sh makes it"
-  RUN_ID=${prefix}_seed${seeds[0]} SEED=${seeds[0]} check_machine "$python"
+  RUN_ID=${prefix}_seed$largest SEED=$largest check_machine "$python"
   check=("$python" tools/make_submission.py --out "$submission" --check "${#seeds[@]}" "$@")
   "${check[@]}"
 

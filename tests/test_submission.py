@@ -919,6 +919,7 @@ exit {code}"""
 
 @pytest.mark.parametrize("said, code, last", [
     ("train_gpt.py: MATRIX_LR=9: too much", 1, "run_8xh100.sh: error: seed 42: MATRIX_LR=9: too much"),
+    ("train_gpt.py: stopped by SIGTERM", 143, "run_8xh100.sh: error: seed 42: stopped by SIGTERM"),
     ("Traceback", 5, "run_8xh100.sh: error: seed 42 failed with exit code 5; log: logs/rehearsal_seed42.txt"),
 ])  # fmt: skip
 def test_the_record_script_ends_with_the_trainers_line(tree, said, code, last):
@@ -954,6 +955,7 @@ def test_mistakes_of_the_record_script_are_one_line(tree, case):
 @pytest.mark.parametrize("env, arguments, said", [
     ({"QUICK": "1"}, "--author A --github-id a --record nope.json", "make_submission.py: error: --record nope.json: cannot be read"),
     ({"EVAL_ONLY": "1"}, "", "run_8xh100.sh: error: EVAL_ONLY=1: expected 0, these runs train"),
+    ({"RUN_ID": "x" * 72}, "", f"run_8xh100.sh: error: RUN_ID='{'x' * 72}_seed1337': expected"),  # seed 42's is short enough
     ({"QUICK": "1"}, "--author A --github-id a --frob", "make_submission.py: error: unrecognized arguments: --frob"),
 ])  # fmt: skip
 def test_nothing_is_packed_or_started_before_all_is_checked(tree, env, arguments, said):
