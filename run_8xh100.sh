@@ -138,4 +138,4 @@ main() {
   "$python" tools/make_submission.py --out "$submission" --code "$packed" --source "$source" "$@" "${logs[@]}"
 }
 
-main "$@"
+main "$@"; exit # here bash has read all it will: the file may be changed, by git pull for instance, while it runs

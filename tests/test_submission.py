@@ -898,7 +898,7 @@ def test_the_record_script_assembles_the_folder(tree, code):
     for seed in SEEDS:
         write_run(tree / "made", code, seed, config={"tokenizer_path": "data/demo_sp4096/tokenizer.model"})
     options = "--author A --github-id a --records=records --name N --record-losses 3.1 3.101 3.0985 --data data/demo_sp4096"
-    change = "echo '# edited meanwhile' >>train_gpt.py"
+    change = "echo '# edited meanwhile' >>train_gpt.py; { echo '# longer'; cat run_8xh100.sh; } >new; cat new >run_8xh100.sh"
     done = record_run(tree, f"{COPY_LOG}; {change}", f"bash run_8xh100.sh {options}", NPROC="2", ALLOW_CPU="1", VOCAB_SIZE="4096",
                       DATA_PATH="data/demo_sp4096", TOKENIZER_PATH="data/demo_sp4096/tokenizer.model", LOG_DIR="else where",
                       SHELLOPTS="noclobber")  # fmt: skip
