@@ -49,11 +49,14 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
+from run_logs import start  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- sizes
 
@@ -271,9 +274,20 @@ def pairs(text: str) -> dict[str, str]:
 
 
 def read_preset(path: Path) -> dict[str, str]:
-    """KEY -> value of a preset file (KEY=VALUE lines and comments)."""
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """KEY -> value of a preset file (KEY=VALUE lines and comments); BadArguments for anything else."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise BadArguments(f"preset {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadArguments(f"preset {path}: not a text file: {error}") from None
+    settings: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#"):
+            if not (found := re.fullmatch(r"([A-Z][A-Z0-9_]*)=(\S*)", line)):  # as tools/common.sh has it
+                raise BadArguments(f"preset {path}, line {number}: {line!r} is neither KEY=VALUE nor a comment")
+            settings[found[1]] = found[2]
+    return settings
 
 
 def in_proportion(settings: dict[str, str], published_steps: int, steps: int, config: type) -> dict[str, str]:
@@ -283,13 +297,18 @@ def in_proportion(settings: dict[str, str], published_steps: int, steps: int, co
 
 
 def load_config(code: Path) -> type:
-    """Config of a trainer's file: which settings it has, and whether it accepts their values."""
+    """Config of a trainer's file: which settings it has, and whether it accepts their values; BadArguments if it is none."""
     loaded = sys.modules.get("train_gpt")
     if loaded is None or Path(str(loaded.__file__)).read_bytes() != code.read_bytes():
-        spec = importlib.util.spec_from_file_location("train_gpt", code)
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules["train_gpt"] = loaded  # dataclasses look their module up
-        spec.loader.exec_module(loaded)
+        before = loaded
+        spec = importlib.util.spec_from_loader("train_gpt", SourceFileLoader("train_gpt", str(code)))
+        loaded = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(loaded)
+            loaded.Config.from_env({})
+        except (Exception, SystemExit) as error:  # whatever a file that is no trainer does
+            sys.modules["train_gpt"] = before
+            raise BadArguments(f"--code {code}: not a train_gpt.py: {type(error).__name__}: {error}") from None
     return loaded.Config
 
 
@@ -306,6 +325,7 @@ def arm_settings(arm: Arm, plan: Plan, config: type, preset: Path | None = None)
     path = preset or (ROOT / f"configs/{arm.preset}.env" if arm.preset else None)
     published = read_preset(path) if path else {}
     settings = published | plan.size | own
+    check_settings(settings, config)
     steps = plan.steps_of(settings, config.train_batch_tokens)
     if arm.published_steps:
         counts = in_proportion(published, arm.published_steps, steps or plan.usual_steps, config)
@@ -315,10 +335,15 @@ def arm_settings(arm: Arm, plan: Plan, config: type, preset: Path | None = None)
     settings |= plan.budget(steps)
     if plan.half_windows:
         settings["SLIDING_EVAL_STRIDE"] = str(int(settings.get("TRAIN_SEQ_LEN", config.train_seq_len)) // 2)
+    check_settings(settings, config)
+    return {k: v for k, v in settings.items() if k not in PATHS}
+
+
+def check_settings(settings: dict[str, str], config: type) -> None:
+    """ValueError for a setting that the trainer does not have or accept."""
     if foreign := settings.keys() - setting_names(config):
         raise ValueError(f"not a setting of train_gpt.py: {', '.join(sorted(foreign))}")
     config.from_env(settings)
-    return {k: v for k, v in settings.items() if k not in PATHS}
 
 
 # -------------------------------------------------------------------------------------------------- runs
@@ -393,7 +418,10 @@ class Runner:
         self.children.discard(child)
         if child.returncode:
             return {"error": (complaint.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
-        return json.loads(said.rsplit("\nresult ", 1)[1])
+        try:
+            return json.loads(f"\n{said}".rsplit("\nresult ", 1)[1])
+        except (IndexError, ValueError):
+            return {"error": "ended well, but without a result line"}
 
     def run(self, arm: str, seed: int, settings: dict[str, str]) -> dict[str, Any]:
         """One run: {"arm", "seed", "settings", "result" and in a web batch "web", or "error"}. The artifact goes."""
@@ -445,6 +473,10 @@ def file_name(arm: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- records
 
+# What a table computes with, and what it shows where it is there
+NEEDED = {"result": ("val_bpb", "roundtrip_val_bpb", "steps"), "web": ("roundtrip_val_bpb",)}
+SHOWN = ("sliding_val_bpb", "ms_per_step", "params", "artifact_bytes", "zero_frac")
+
 
 def identity(arm: str, seed: int, settings: dict[str, str]) -> tuple[str, int, str]:
     return arm, seed, json.dumps(settings, sort_keys=True)
@@ -468,14 +500,40 @@ def said_of(record: dict[str, Any]) -> str:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without lines that an interruption left half-written."""
+    """The records of a file; lines that an interruption left half-written, or that are no record, are named and left out."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"{path}, line {number}: half a record, left out", file=sys.stderr)
+            record = json.loads(line) if line.strip() else None
+            problem = "" if record is None else problem_of_record(record)
+        except (ValueError, RecursionError):
+            record, problem = None, "half a record"
+        if problem:
+            print(f"{path}, line {number}: {problem}, left out", file=sys.stderr)
+        elif record is not None:
+            records.append(record)
     return records
+
+
+def problem_of_record(record: Any) -> str:
+    """Why a line of results.jsonl is no record that a table can show; "" if it is one."""
+    parts = [record, *(record.get(name, {}) for name in ("settings", "result", "web"))] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        return "not a record"
+    if not isinstance(record.get("arm"), str) or not is_number(record.get("seed")) or "settings" not in record:
+        return "a record without arm, seed or settings"
+    if failure(record):
+        return ""
+    for part in ("result", "web")[: 1 + ("web" in record)]:
+        missing = [name for name in NEEDED[part] if not is_number(record.get(part, {}).get(name))]
+        odd = [name for name in SHOWN if record.get(part, {}).get(name) is not None and not is_number(record[part][name])]
+        if missing or odd:
+            return f"a record whose {part} has no number as {', '.join(missing or odd)}"
+    return ""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def append_result(path: Path, record: dict[str, Any]) -> None:
@@ -594,7 +652,7 @@ def spread_line(first: Scores) -> str:
 def warnings(done: list[Scores]) -> list[str]:
     """What makes the table less than one experiment."""
     found = []
-    codes = {run["result"]["code_sha256"] for scores in done for run in scores.runs.values()}
+    codes = {str(run["result"].get("code_sha256", "unknown")) for scores in done for run in scores.runs.values()}
     if len(codes) > 1:
         shown = ", ".join(sorted(code[:8] for code in codes))
         found.append(f"Warning: {len(codes)} versions of train_gpt.py ({shown}): not one experiment.")
@@ -628,27 +686,33 @@ def print_table(records: list[dict[str, Any]], reasons: dict[str, str] | None = 
 # -------------------------------------------------------------------------------------------------- command line
 
 
+# Of the options that are numbers; a week, and more jobs than any machine has cores
+MOST = {"steps": 100_000_000, "tokens": 10**13, "seconds": 604_800, "jobs": 1024}
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{Path(__file__).name}: {message}\n")
+        self.exit(2, f"{Path(__file__).name}: error: {message}\n")
 
 
 def whole_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers and commas, such as 42,1337,7")
     return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("group", choices=(*GROUPS, "recipe", "free"))
     parser.add_argument("--proxy", choices=PROXIES, help="recipe: the size")
     parser.add_argument("--preset", type=Path, help="free: a file of KEY=VALUE lines; without one, the defaults")
     parser.add_argument("--arm", action="append", default=[], metavar="SETTINGS",
                         help='free, recipe: "KEY=VALUE ..." on top of the preset; "": the preset itself')  # fmt: skip
-    parser.add_argument("--steps", type=int, default=0, help="of each run")
-    parser.add_argument("--tokens", type=int, default=0, help="or tokens that it trains on")
-    parser.add_argument("--seconds", type=float, default=0, help="or seconds that it trains for")
+    parser.add_argument("--steps", type=int, help="of each run")
+    parser.add_argument("--tokens", type=int, help="or tokens that it trains on")
+    parser.add_argument("--seconds", type=float, help="or seconds that it trains for")
     parser.add_argument("--seeds", type=whole_numbers, default=[42], metavar="A,B,C")
     parser.add_argument("--jobs", type=int, metavar="N",
                         help="runs at once, a thread each; default: recipe 1, others all threads for one")  # fmt: skip
@@ -673,8 +737,10 @@ def problem_of(args: argparse.Namespace) -> str:
                if getattr(args, name) and name not in own]  # fmt: skip
     if foreign:
         return f"{args.group} has no {', '.join(foreign)}"
-    if min(args.steps, args.tokens, args.seconds) < 0 or args.jobs is not None and args.jobs < 1:
-        return "--steps, --tokens, --seconds and --jobs: expected more than 0"
+    for name, most in MOST.items():
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= most:  # false of NaN, too
+            return f"--{name} {value:g}: expected more than 0, at most {most:,}"
     if len(lengths) > 1:
         return f"{' and '.join(lengths)}: expected one of them"
     if args.table and (args.out or args.proxy or args.group != "recipe"):
@@ -701,7 +767,7 @@ def arms_of(args: argparse.Namespace) -> dict[str, Arm]:
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    length = Plan({}, args.steps, args.tokens, args.seconds)
+    length = Plan({}, args.steps or 0, args.tokens or 0, args.seconds or 0)
     if args.group == "free":
         return length
     if args.group == "recipe":
@@ -736,6 +802,8 @@ def run_batch(args: argparse.Namespace, out: Path, arms: dict[str, Arm]) -> bool
     for name in args.only or arms:
         try:
             chosen[name] = arm_settings(arms[name], plan, config, args.preset)
+        except BadArguments:
+            raise
         except ValueError as error:
             raise BadArguments(f"arm {name!r}: {error}") from None
     for settings in chosen.values():
@@ -754,11 +822,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arms = arms_of(args)
         return 0 if (table if args.table else run_batch)(args, out, arms) else 1
-    except BadArguments as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (BadArguments, OSError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the runs end with the batch
-    sys.exit(main())
+    start(main)

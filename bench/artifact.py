@@ -23,15 +23,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import train_gpt as t  # noqa: E402
+from run_logs import OneLineParser, start  # noqa: E402
 
-OTHERS = ("scales", "tables", "controls")
+POWERS = (0.1, 4.0)  # of a Gaussian's magnitude: between them lie all shares of zeros that are asked for
 
 
 def zero_share(power: float) -> float:
@@ -40,9 +37,41 @@ def zero_share(power: float) -> float:
     return math.erf((0.5 * mean) ** (1 / power) / math.sqrt(2))
 
 
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--zero", type=float, nargs="+", help="zero fractions (default: 0.31 0.369 0.442; the weights' own)")
+    parser.add_argument("--weights", type=Path, help="a state dict of latent weights (torch.save of a dict of tensors)")
+    parser.add_argument("--worst", action="store_true", help="codes with the most bits")
+    parser.add_argument("--structure", action="store_true", help="what a trit's surroundings tell about it, instead")
+    parser.add_argument("--only-ours", action="store_true", help="leave the published methods out")
+    args = parser.parse_args(argv)
+    least, most = map(zero_share, POWERS)
+    for share in args.zero or ():
+        if not least <= share <= most:  # true of NaN, too
+            parser.error(f"--zero {share:g}: expected {least:.4f} to {most:.4f}")
+    if args.worst and (args.zero or args.weights):
+        parser.error("--worst draws its own weights: expected no --zero and no --weights")
+    if args.structure and not args.weights:
+        parser.error("--structure: expected --weights FILE; drawn weights have none")
+    if args.weights and not args.weights.is_file():
+        parser.error(f"--weights {args.weights}: no such file")
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before PyTorch, which takes seconds to import: help and mistakes are answered at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+OTHERS = ("scales", "tables", "controls")
+
+
 def power_for(zero_fraction: float) -> float:
     """The power of a Gaussian's magnitude at which BitNet's rule leaves this share of zeros (bisection)."""
-    low, high = 0.05, 4.0
+    low, high = POWERS
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if zero_share(middle) < zero_fraction else (low, middle)
@@ -132,6 +161,8 @@ def converted(model: t.GPT, **settings: object) -> t.GPT:
 
 def entropy_bytes(symbols: np.ndarray, contexts: np.ndarray) -> float:
     """Bytes of the symbols at their empirical frequencies in each context, without the cost of saying which those are."""
+    if not symbols.size:
+        return 0.0
     counts = np.bincount(contexts.astype(np.int64) * 256 + symbols, minlength=256 * (int(contexts.max()) + 1)).reshape(-1, 256)
     totals = counts.sum(1, keepdims=True)
     return float((counts * np.log2(np.where(counts > 0, totals / np.maximum(counts, 1), 1))).sum() / 8)
@@ -221,23 +252,39 @@ def table(model: t.GPT, methods: set[str]) -> None:
         row(*ours(model, "auto", "auto"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--zero", type=float, nargs="+", help="zero fractions (default: 0.31 0.369 0.442; the weights' own)")
-    parser.add_argument("--weights", type=Path, help="a state dict of latent weights (torch.save of a dict of tensors)")
-    parser.add_argument("--worst", action="store_true", help="codes with the most bits")
-    parser.add_argument("--structure", action="store_true", help="what a trit's surroundings tell about it, instead")
-    parser.add_argument("--only-ours", action="store_true", help="leave the published methods out")
-    args = parser.parse_args()
+def read_weights(path: Path, cfg: t.Config) -> t.GPT:
+    """The model with a file's latent weights; UserError unless they are finite and this model's."""
+    model = t.GPT(cfg)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict({"temperature": torch.ones(())} | state)
+    except Exception as error:  # whatever PyTorch raises for a file of another kind
+        said = " ".join(str(error).split(". ")[0].split())[:200]
+        raise t.UserError(f"--weights {path}: not a state dict of the model that the settings describe: {said}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise t.UserError(f"--weights {path}: not all weights are finite")
+    return model
+
+
+def at_zeros(model: t.GPT, zero_fraction: float) -> t.GPT:
+    """`shifted`; UserError where no power in its range leaves that share of zeros."""
+    chosen = shifted(model, zero_fraction)
+    if abs(found := t.zero_fraction(chosen) - zero_fraction) > 0.02:
+        raise t.UserError(f"--zero {zero_fraction:g}: these weights come no nearer than {zero_fraction + found:.3f}")
+    return chosen
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print what the command line asks for."""
     cfg = t.Config.from_env()
+    if not t.count_parameters(t.GPT(cfg))[1]:
+        raise t.UserError(f"WEIGHT_QUANT={cfg.weight_quant}: expected a model with ternary weights")
     methods = {"narrow"} if args.only_ours else {"narrow", "published"}
+    model = read_weights(args.weights, cfg) if args.weights else None
     print(f"code: {code_sizes()}; budget {t.BUDGET_BYTES}")
-    if args.weights:
-        model = t.GPT(cfg)
-        state = torch.load(args.weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(state | {"temperature": torch.ones(())} if "temperature" not in state else state)
+    if model:
         for zero_fraction in args.zero or [None]:
-            chosen = shifted(model, zero_fraction) if zero_fraction else model
+            chosen = model if zero_fraction is None else at_zeros(model, zero_fraction)
             structure(chosen) if args.structure else table(chosen, methods)
     elif args.worst:
         table(worst_model(cfg), {"narrow"})
@@ -246,5 +293,16 @@ def main() -> None:
             table(drawn_model(cfg, zero_fraction), methods)
 
 
+def main(args: argparse.Namespace) -> int:
+    try:
+        measure(args)
+    except BrokenPipeError:
+        raise
+    except (t.UserError, OSError) as error:
+        print(f"artifact.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    start(lambda: main(ARGUMENTS))

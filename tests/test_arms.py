@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import arms
@@ -268,9 +271,16 @@ def test_the_newest_record_counts_and_unknown_arms_stand_last(tmp_path, capsys):
     ("recipe --proxy P1 --steps 9 --seconds 9", "--steps and --seconds: expected one of them"),
     ("systems", "systems: expected --steps, --tokens or --seconds"),
     ("switches --steps 9 --full", "switches has no --full"),
-    ("switches --steps -9", "expected more than 0"),
-    ("switches --steps 9 --jobs 0", "expected more than 0"),
-    ("switches --steps 9 --seeds 1,x", "--seeds: invalid"),
+    ("switches --steps -9", "--steps -9: expected more than 0"),
+    ("switches --steps 0", "--steps 0: expected more than 0"),
+    ("switches --tokens 99999999999999999", "--tokens 1e+17: expected more than 0, at most 10,000,000,000,000"),
+    ("switches --seconds nan", "--seconds nan: expected more than 0"),
+    ("switches --seconds inf", "--seconds inf: expected more than 0"),
+    ("switches --steps 9 --jobs 0", "--jobs 0: expected more than 0"),
+    ("switches --steps 9 --jobs 5000", "--jobs 5000: expected more than 0, at most 1,024"),
+    ("switches --steps 9 --seeds 1,x", "--seeds: 1,x: expected whole numbers and commas"),
+    ("switches --steps 9 --seeds=-1", "--seeds: -1: expected whole numbers and commas"),
+    ("switches --steps 9 --table --foo", "unrecognized arguments: --foo"),
     ("band --steps 9 --only this", "--only 'this': expected some of 'sliding, windows of 128'"),
     ("band --table --out missing", "no results"),
     ("free", "free: expected at least one --arm"),
@@ -278,6 +288,8 @@ def test_the_newest_record_counts_and_unknown_arms_stand_last(tmp_path, capsys):
     ("free --arm NUM_LAYER=9", "arm 'NUM_LAYER=9': not a setting of train_gpt.py: NUM_LAYER"),
     ("free --arm MODEL_DIM=63", "arm 'MODEL_DIM=63': MODEL_DIM=63: expected a multiple of NUM_HEADS=8"),
     ("free --arm= --preset missing.env", "--preset missing.env: no such file"),
+    ("free --arm TRAIN_BATCH_TOKENS=0 --tokens 100", "arm 'TRAIN_BATCH_TOKENS=0': TRAIN_BATCH_TOKENS=0: expected"),
+    ("free --arm TRAIN_BATCH_TOKENS=many --tokens 100", "TRAIN_BATCH_TOKENS='many': expected a whole number"),
     ("free --arm= --code missing.py", "--code missing.py: no such file"),
     ("free --arm= --data missing/sp", "--data missing/sp: expected fineweb_train_*.bin and fineweb_val_*.bin"),
 ])  # fmt: skip
@@ -291,6 +303,92 @@ def test_bad_arguments_are_one_line_and_start_nothing(command, said, tmp_path, m
     complaint = capsys.readouterr().err
     assert code == 2 and complaint.count("\n") == 1 and said in complaint and complaint.startswith("arms.py: ")
     assert not list(tmp_path.iterdir())
+
+
+BAD_PRESETS = {
+    "no setting": (b"NUM_LAYERS=2\nNUM_HEADS\n", "preset bad.env, line 2: 'NUM_HEADS' is neither KEY=VALUE nor a comment"),
+    "lower case": (b"num_layers=2\n", "preset bad.env, line 1: 'num_layers=2' is neither"),
+    "a comment behind a value": (b"# two\n\nNUM_LAYERS=2 # why\n", "preset bad.env, line 3: 'NUM_LAYERS=2 # why' is neither"),
+    "not UTF-8": (b"NUM_LAYERS=\xff\n", "preset bad.env: not a text file"),
+    "not a setting": (b"NUM_LAYER=2\n", "not a setting of train_gpt.py: NUM_LAYER"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRESETS)
+def test_a_malformed_preset_is_one_line_that_names_its_place(case, tmp_path, monkeypatch, capsys):
+    content, said = BAD_PRESETS[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.env").write_bytes(content)
+    assert arms.main(["free", "--arm", "", "--preset", "bad.env", "--out", "out"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and said in complaint and not (tmp_path / "out").exists()
+
+
+def test_a_preset_of_a_group_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arms, "ROOT", tmp_path)  # no configs/ in it
+    assert arms.main(["systems", "--steps", "9", "--only", "pr640", "--code", str(ROOT / "train_gpt.py"), "--out", "out"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and "configs/pr640.env: No such file" in complaint
+
+
+@pytest.mark.parametrize("program", ["def f(:\n", "import nothing_of_this_name\n", "x = 1\n", "raise SystemExit('no')\n"])
+def test_code_that_is_no_trainer_is_one_line(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.py").write_text(program)
+    assert arms.main(["free", "--arm", "", "--code", "other.py", "--out", "out"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and "--code other.py: not a train_gpt.py: " in complaint and not (tmp_path / "out").exists()
+    assert arms.load_config(ROOT / "train_gpt.py") is Config  # what was loaded before is still there
+
+
+def test_an_out_folder_that_cannot_be_made_is_one_line(data_dir, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file in the way")
+    command = ["free", "--arm", "VOCAB_SIZE=320", "--data", str(data_dir), "--out", str(tmp_path / "out")]
+    assert arms.main(command) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+BAD_LINES = {
+    "a number": ("3", "not a record"),
+    "a list": ("[]", "not a record"),
+    "null": ("null", ""),
+    "no arm": (json.dumps({k: v for k, v in record("a", 7, 2.0).items() if k != "arm"}), "without arm, seed or settings"),
+    "a seed in words": (json.dumps(record("a", 7, 2.0) | {"seed": "seven"}), "without arm, seed or settings"),
+    "no result": (json.dumps({"arm": "a", "seed": 7, "settings": {}}), "result has no number as val_bpb, roundtrip_val_bpb, steps"),
+    "a result in words": (json.dumps(record("a", 7, 2.0) | {"result": "good"}), "not a record"),
+    "NaN": (json.dumps(record("a", 7, math.nan)), "result has no number as val_bpb, roundtrip_val_bpb"),
+    "infinity": (json.dumps(record("a", 7, 2.0, steps=math.inf)), "result has no number as steps"),
+    "5,000 digits": ('{"arm": "a", "seed": ' + "9" * 5000 + "}", "half a record"),
+    "figures in words": (json.dumps(record("a", 7, 2.0, params="many")), "result has no number as params"),
+    "no web score": (json.dumps(record("a", 7, 2.0) | {"web": {}}), "web has no number as roundtrip_val_bpb"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_line_that_is_no_record_is_named_and_left_out(case, tmp_path, capsys):
+    line, said = BAD_LINES[case]
+    (tmp_path / "results.jsonl").write_bytes(f"{json.dumps(record('b', 7, 2.0))}\n{line}\n\xff\n".encode("latin-1"))
+    assert arms.main(["free", "--arm", "", "--table", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert list(table_of(shown.out)[1]) == ["b"]
+    expected = [f"line 2: {'a record whose ' * said.startswith(('result has', 'web has'))}"] * bool(said) + ["line 3: half a record"]
+    assert shown.err.count("\n") == len(expected) and all(text in shown.err for text in (*expected, said))
+
+
+def test_a_console_without_the_tables_signs_shows_escapes(tmp_path):
+    lines = [record(arm, seed, 2.0 + seed) for arm in ("a", "b") for seed in (1, 2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "bench/arms.py"), "free", "--arm", "", "--table", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "| +0.0000 \\xb1 0.7071 |" in done.stdout and done.stderr == ""
+
+
+def test_results_without_the_codes_digest_and_a_run_without_result(tmp_path, capsys):
+    without = record("a", 7, 2.0)
+    del without["result"]["code_sha256"]
+    assert arms.print_table([without]) and "| a |" in capsys.readouterr().out
+    (tmp_path / "trainer.py").write_text("print('step:1')\n")
+    runner = arms.Runner(batch(tmp_path, code=tmp_path / "trainer.py"))
+    assert runner.execute({}) == {"error": "ended well, but without a result line"}
 
 
 def test_a_recipe_needs_the_web_text(data_dir):

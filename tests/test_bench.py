@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import artifact
 import pytest
 import torch
 from conftest import ROOT, TINY, launch, tiny_config, tiny_model
@@ -20,7 +21,7 @@ from step_worker import flops_a_token, matmul_shapes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_gpt import Ops
+from train_gpt import Ops, zero_fraction
 
 BEFORE_TRAINING_STEP = "bc9fca9"  # the last commit whose train() puts the step together itself
 
@@ -343,3 +344,70 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
         ["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 2 and "steps: expected parity step" in wrong.stderr
+
+
+# -------------------------------------------------------------------------------------------------- bench/artifact.py
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--zero", "2"], "--zero 2: expected 0.0004 to 0.7316"),
+    (["--zero", "0"], "--zero 0: expected 0.0004 to"),
+    (["--zero", "0.3", "-1"], "--zero -1: expected"),
+    (["--zero", "nan"], "--zero nan: expected"),
+    (["--zero", "inf"], "--zero inf: expected"),
+    (["--zero", "0.74"], "--zero 0.74: expected"),
+    (["--zero", "x"], "--zero: invalid float value: 'x'"),
+    (["--worst", "--zero", "0.3"], "--worst draws its own weights: expected no --zero"),
+    (["--structure"], "--structure: expected --weights FILE"),
+    (["--weights", "nope.pt"], "--weights nope.pt: no such file"),
+    (["--only"], "unrecognized arguments: --only"),
+])  # fmt: skip
+def test_mistakes_of_the_artifact_table_are_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        artifact.parse_arguments(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def artifact_table(monkeypatch, *arguments, **settings):
+    for name, value in (TINY | settings).items():
+        monkeypatch.setenv(name, value)
+    return artifact.main(artifact.parse_arguments([*map(str, arguments), "--only-ours"]))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.369, 0.7])
+def test_drawn_weights_have_the_share_of_zeros_that_is_asked_for(share):
+    assert zero_fraction(artifact.drawn_model(tiny_config(), share)) == pytest.approx(share, abs=0.02)
+
+
+def test_weights_of_a_file_are_this_models_and_finite(tmp_path, monkeypatch, capsys):
+    good, state = tmp_path / "good.pt", tiny_model().state_dict()
+    name = next(name for name, value in state.items() if value.dim() == 2)
+    torch.save(state, good)
+    bad = {"text": b"no tensors", "another.pt": tiny_model(num_layers=2).state_dict(), "list.pt": [1, 2],
+           "nan.pt": state | {name: state[name] * float("nan")}}  # fmt: skip
+    for name, content in bad.items():
+        path = tmp_path / name
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        assert artifact_table(monkeypatch, "--weights", path) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith(f"artifact.py: error: --weights {path}: not ") and shown.err.count("\n") == 1
+        assert "weights_only" not in shown.err  # PyTorch's advice is to load it unsafely
+    assert artifact_table(monkeypatch, "--weights", good, "--zero", "0.0005") == 2  # no power within the range leaves so few
+    assert "these weights come no nearer than 0." in capsys.readouterr().err
+    assert artifact_table(monkeypatch, "--weights", good, "--structure") == 0 and "| nothing (a table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"WEIGHT_QUANT": "none"}, "WEIGHT_QUANT=none: expected a model with ternary weights"),
+    ({"MODEL_DIM": "63"}, "MODEL_DIM=63: expected a multiple"),
+])  # fmt: skip
+def test_settings_without_ternary_weights_are_one_line(settings, said, monkeypatch, capsys):
+    assert artifact_table(monkeypatch, **settings) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_entropy_of_nothing_is_no_byte():
+    nothing = torch.zeros(0, dtype=torch.uint8).numpy()
+    assert artifact.entropy_bytes(nothing, nothing) == 0

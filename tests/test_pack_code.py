@@ -182,6 +182,32 @@ def test_packing_is_deterministic_and_unpacks_to_the_stripped_program(tmp_path, 
     readable, missing = [str(ROOT / "train_gpt.py"), "--unpack"], ["no.py", "--unpack"]
     for arguments in (twice, readable, missing):
         assert pack_code.main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        pack_code.main(["--unpack", str(out), "--out", str(tmp_path / "program.py")])
+    assert end.value.code == 2 and "expected no --out" in capsys.readouterr().err and not (tmp_path / "program.py").exists()
+
+
+@pytest.mark.parametrize("change", [lambda data: b"\xef\xbb\xbf" + data, lambda data: data.replace(b"\n", b"\r\n"),
+                                    lambda data: data.replace(b"\n", b"\r")], ids=["mark", "CRLF", "CR"])  # fmt: skip
+def test_line_ends_and_a_byte_order_mark_change_nothing_but_the_size_that_is_told(change, tmp_path, capsys):
+    source = change(b'# a comment\nx = """two\nlines"""\nprint(repr(x))\n')
+    (tmp_path / "p.py").write_bytes(source)
+    assert pack_code.main([str(tmp_path / "p.py"), "--out", str(tmp_path / "packed.py")]) == 0
+    assert f" of {len(source):,}, sha256" in capsys.readouterr().out
+    assert outcome(start(tmp_path / "packed.py", tmp_path)) == (0, "'two\\nlines'\n", "")
+
+
+def test_unpacking_is_byte_by_byte_whatever_the_console(tmp_path):
+    (tmp_path / "p.py").write_bytes(pack_code.pack("print('é中')\n"))
+    tool = [sys.executable, str(ROOT / "tools/pack_code.py"), "--unpack", str(tmp_path / "p.py")]
+    done = subprocess.run(tool, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "print('é中')\n", b"")
+
+
+def test_a_packed_file_may_have_the_longest_name(tmp_path):
+    (tmp_path / "p.py").write_text("x = 1\n")
+    out = tmp_path / ("x" * 252 + ".py")
+    assert pack_code.main([str(tmp_path / "p.py"), "--out", str(out)]) == 0 and out.stat().st_size
 
 
 # -------------------------------------------------------------------------------------------------- the stub

@@ -5,26 +5,27 @@
     compliance.py logs/*.txt --record-losses 2.9869 2.9871 2.9866     is the gain 0.005 nats at p < 0.01?
 
 Exit code 1 if a rule is broken or not shown to be kept, 2 for a mistake in the command. --non-record: hardware, FineWeb's
-validation text and the gain are shown, but do not count.
+validation text and the gain are shown, but do not count. The log of an EVAL_ONLY=1 run among the others is no seed: what it
+scored must be the artifact of one of them.
 
 What it cannot see: which machine wrote a log, what a run saw besides its files, whether training used the validation text,
 and code reached by a name that the program puts together. The network and test-time training are looked for in the syntax
 tree of the program in the log.
 """
 
-import argparse
 import ast
 import functools
 import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pack_code
-from run_logs import BUDGET_BYTES, check_same, read_run, scored_by
+from run_logs import BUDGET_BYTES, OneLineParser, check_same, read_run, scored_by, start
 from shard_io import UserError, read_shard, sha256_file, shard_paths
 
 MOST_TRAINING_MS = 600_000
@@ -152,7 +153,8 @@ def check_bytes(run, files):
     """Code and artifact, decimal: the files' true sizes where they are given, else the logged ones."""
     r, notes = run.result, []
     code = files.code.stat().st_size if files.code else r["code_bytes"]
-    own = Path(run.config.get("artifact_path") or "nothing")  # still there if the check runs where the run ran
+    # still there if the check runs where the run ran; the result's is where the artifact came to be
+    own = Path(r.get("artifact_path") or run.config.get("artifact_path") or "nothing")
     candidates = files.artifacts or ([own] if own.is_file() else [])
     artifact = next((path for path in candidates if sha256_file(path) == r["artifact_sha256"]), None)
     artifact_bytes = artifact.stat().st_size if artifact else r["artifact_bytes"]
@@ -169,21 +171,37 @@ def check_bytes(run, files):
 
 
 def check_code(run, files):
-    """The log begins with the file that ran, which is the file that ships."""
+    """The log begins with the file that ran, byte by byte, which is the file that ships."""
     digest = run.result["code_sha256"]
     what = f"the {run.result['code_bytes']:,} bytes of code_sha256 {digest[:16]}..."
-    if hashlib.sha256(run.code).hexdigest() != digest:
-        return of_seed(run, "code", False, f"{run.log.name} does not begin with {what}")
+    if not has_digest(run.code, digest):
+        windows = run.content.replace(b"\n", b"\r\n")[: run.result["code_bytes"]]
+        ends = ", but for its line ends: the file has CRLF, the log LF" * has_digest(windows, digest)
+        return of_seed(run, "code", False, f"{run.log.name} does not begin with {what}{ends}")
     if files.code and files.code.read_bytes() != run.code:
         return of_seed(run, "code", False, f"{files.code} is not the file that ran, {what}")
     same = f", the same as {files.code}" if files.code else ""
-    return of_seed(run, "code", True, f"the log begins with {what}{same}")
+    return of_seed(run, "code", True, f"the log begins with {what}{same}; {stood_at(run)}")
+
+
+def has_digest(data, digest):
+    return hashlib.sha256(data).hexdigest() == digest
+
+
+def stood_at(run):
+    """The commit of the file that ran, in words. The file itself is in the log: no rule asks for the commit."""
+    commit = run.result.get("git_commit") or "unknown"
+    if commit == "unknown":
+        return "git did not track the file"
+    return f"git_commit {commit.rstrip('+')}" + ", changed since" * commit.endswith("+")
 
 
 def check_validation(run, files):
     """Every token of the validation split is scored; its size comes from the shards, or is FineWeb's known one."""
     limit, tokens, bytes_ = run.config.get("val_max_tokens"), run.result.get("val_tokens"), run.result.get("val_bytes")
     said = f"config val_max_tokens {limit}, result val_tokens {tokens} val_bytes {bytes_}"
+    if run.result.get("decoded_bytes", bytes_) != bytes_:
+        said += f" decoded_bytes {run.result['decoded_bytes']}"  # the tokenizer changes the text; what went in counts
     folder = files.data or Path(run.config["data_path"])
     if shards := shard_paths(folder, "val") if folder.is_dir() else []:
         targets = sum(len(read_shard(path)) for path in shards) - 1
@@ -235,10 +253,11 @@ GRADIENT_CALLS = ("torch.autograd.grad.", "torch.autograd.backward.", "torch.fun
 def parse_program(code):
     """Syntax tree of a file that ran; ValueError or SyntaxError if it is no program.
 
-    A packed one is unpacked if nothing but pack_code.py's own stub stands around it.
+    A packed one is unpacked if nothing but pack_code.py's own stub stands around it. Other bytes are read as Python reads a file,
+    with any line ends and a byte order mark.
     """
     text = code.decode()
-    return ast.parse(pack_code.unpack(text) if pack_code.has_our_stub(text) else text)
+    return ast.parse(pack_code.unpack(text) if pack_code.has_our_stub(text) else code)
 
 
 def aliases(tree):
@@ -631,6 +650,28 @@ def check_seeds(runs):
     return Finding("three seeds", len(runs) >= LEAST_SEEDS and not twins, shown + "; but artifacts are the same" * twins)
 
 
+def check_tokenizer(runs):
+    """All seeds were scored with one tokenizer: bits per byte depend on it."""
+    digests = {run.seed: run.result.get("tokenizer_sha256") for run in runs}
+    shown = "; ".join(f"seed {seed}: {digest}" for seed, digest in digests.items())
+    if not any(digests.values()):
+        return Finding("one tokenizer", False, "no tokenizer_sha256 in the logs, whose program is an older one", required=False)
+    same = len(set(digests.values())) == 1
+    return Finding("one tokenizer", same, f"tokenizer_sha256 {next(iter(digests.values()))}" if same else shown)
+
+
+def check_evaluations(evaluations, runs):
+    """What an EVAL_ONLY run scored is an artifact of these seeds: by its SHA-256, never by its path."""
+    seeds, findings = {run.result["artifact_sha256"]: run for run in runs}, []
+    for log in evaluations:
+        digest = log.result.get("artifact_sha256")
+        shown = f"{log.log.name}: artifact_sha256 {digest}, roundtrip_val_loss {log.result['roundtrip_val_loss']:.4f}"
+        of = seeds.get(digest)
+        origin = f"that of seed {of.seed}, then {of.result['roundtrip_val_loss']:.4f}" if of else "of none of the seeds"
+        findings.append(Finding("evaluation", of is not None, f"{shown}; {origin}"))
+    return findings
+
+
 def check_gain(runs, record):
     """Welch's test that our mean loss is below the record's by more than 0.005 nats, one-sided."""
     if record is None:
@@ -645,23 +686,60 @@ def check_gain(runs, record):
 
 def welch_p(ours, theirs):
     """p of Welch's one-sided test that the mean of `ours` is not below that of `theirs`; 1 where it cannot tell."""
-    try:
-        from scipy.stats import ttest_ind
-    except ImportError:
-        raise UserError("the test of the gain needs scipy: pip install -r requirements-test.txt") from None
-    if min(len(ours), len(theirs)) < 2 or len(set(ours)) == len(set(theirs)) == 1:
+    if min(len(ours), len(theirs)) < 2:
+        return 1.0
+    a, b = (statistics.variance(values) / len(values) for values in (ours, theirs))
+    if a + b == 0:
         return 1.0  # no spread, no test
-    return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
+    t = (statistics.fmean(ours) - statistics.fmean(theirs)) / math.sqrt(a + b)
+    share = a / (a + b)
+    return t_below(t, 1 / (share**2 / (len(ours) - 1) + (1 - share) ** 2 / (len(theirs) - 1)))
+
+
+def t_below(t, freedom):
+    """P(T < t) of Student's t distribution with these degrees of freedom, whole or not (DLMF 8.17: the tail is a beta's)."""
+    tail = beta_below(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
+    return tail if t < 0 else 1 - tail
+
+
+def beta_below(x, a, b):
+    """The regularized incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22), from its far end."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # there it converges slowly, and the other tail's fast
+        return 1 - beta_below(1 - x, b, a)
+    fraction = 1.0
+    for m in range(500, -1, -1):
+        fraction = 1 - (a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) / fraction
+        fraction = 1 + m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)) / fraction if m else fraction
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a / fraction
 
 
 def read_record(path):
     """Losses of a record from its submission.json: ours, or one whose seed_results have val_loss."""
+    instead = "--record-losses takes the losses of its seeds by hand"
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        key = f"{record['score']}_val_loss" if "score" in record else "val_loss"
-        losses = [float(row[key]) for row in record["seed_results"].values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--record {path}: no submission.json with a val_loss in each of its seed_results: {error!r}") from None
+    except OSError as error:
+        raise UserError(f"--record {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--record {path}: not JSON: {error}") from None
+    rows = record.get("seed_results") if isinstance(record, dict) else None
+    if not isinstance(rows, dict) or not rows:
+        raise UserError(f"--record {path}: has no seed_results, a row a seed; {instead}")
+    key = f"{record['score']}_val_loss" if "score" in record else "val_loss"
+    losses = [row.get(key) if isinstance(row, dict) else None for row in rows.values()]
+    return checked_losses(f"--record {path}: {key} of its seed_results", losses, f"; {instead}")
+
+
+def checked_losses(what, losses, instead=""):
+    """The losses of a record's seeds; UserError unless the test of the gain can be made with them."""
+    for loss in losses:
+        if not isinstance(loss, (int, float)) or isinstance(loss, bool) or not 0 < loss < 1e9:
+            raise UserError(f"{what}: {loss!r}, expected nats a token{instead}")
+    if len(losses) < 2:
+        raise UserError(f"{what}: {losses[0]}, expected those of at least 2 seeds, or the gain cannot be tested{instead}")
     return losses
 
 
@@ -674,7 +752,7 @@ def check_runs(runs, files, record=None, non_record=False):
     for check in (check_training_time, check_evaluation_time):
         findings += [check(run) for run in runs]
     findings += [check_bytes(run, files) for run in runs]
-    findings.append(check_seeds(runs))
+    findings += [check_seeds(runs), check_tokenizer(runs)]
     findings += [check_validation(run, files) for run in runs]
     for check in (check_fineweb, check_hardware):
         findings += [check(run) for run in runs]
@@ -687,13 +765,14 @@ def check_runs(runs, files, record=None, non_record=False):
 
 def check_logs(paths, files, record=None, non_record=False):
     """`check_runs` on log files; one that is not the log of a whole run is a breach of "log lines"."""
-    runs, broken = [], []
+    read, broken = [], []
     for path in paths:
         try:
-            runs.append(read_run(path))
+            read.append(read_run(path))
         except UserError as error:
             broken.append(Finding("log lines", False, str(error)))
-    return broken + (check_runs(runs, files, record, non_record) if runs else [])
+    runs, evaluations = ([run for run in read if run.is_evaluation is kind] for kind in (False, True))
+    return broken + (check_runs(runs, files, record, non_record) if runs else []) + check_evaluations(evaluations, runs)
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -721,24 +800,28 @@ def add_options(parser):
 
 def read_options(args):
     """(Files, the record's losses or None) of parsed options; UserError for a file that is not there."""
-    for path in [args.code, *args.artifact]:
+    for option, path in [("--code", args.code), *(("--artifact", path) for path in args.artifact)]:
         if path is not None and not path.is_file():
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{option} {path}: no such file")
+    if args.data is not None and not shard_paths(args.data, "val"):
+        raise UserError(f"--data {args.data}: no fineweb_val_*.bin there")
     if args.record and args.record_losses:
         raise UserError("--record and --record-losses: expected one of them")
-    record = read_record(args.record) if args.record else args.record_losses
+    record = read_record(args.record) if args.record else None
+    if args.record_losses:
+        record = checked_losses("--record-losses", args.record_losses)
     return Files(args.code, tuple(args.artifact), args.data), record
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="compliance.py", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="compliance.py", description=__doc__.split("\n")[0])
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="the log of one seed")
     add_options(parser)
     args = parser.parse_args(argv)
     try:
         files, record = read_options(args)
         findings = check_logs(args.logs, files, record, args.non_record)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"compliance.py: error: {error}", file=sys.stderr)
         return 2
     print(table(findings))
@@ -746,4 +829,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -12,7 +12,6 @@ Out go comments, spare blanks, docstrings (unless the program reads `__doc__`), 
 (unless a decorator may read them), and what train_gpt.py's `setting` says in words: --help then has names, defaults and ranges.
 """
 
-import argparse
 import ast
 import base64
 import hashlib
@@ -24,6 +23,8 @@ import re
 import sys
 import tokenize
 from pathlib import Path
+
+from run_logs import OneLineParser, start
 
 # One blank a level and no comments: these lines count too. The names in capitals are filled in.
 STUB = '''\
@@ -296,7 +297,7 @@ def unpack(text):
 def write_whole(path, data):
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".partial.{os.getpid()}")  # no longer than any name may be
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
@@ -304,33 +305,42 @@ def write_whole(path, data):
         partial.unlink(missing_ok=True)
 
 
+def source_text(data):
+    """The text of a source file's bytes as Python reads it: no byte order mark, and "\\n" for any line end."""
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def run(args):
-    text = args.file.read_text(encoding="utf-8")
+    data = args.file.read_bytes()
+    text = source_text(data)
     program = unpack(text)
     if args.unpack:
         if program is None:
             raise ValueError("not a packed file")
-        print(program, end="")
+        sys.stdout.buffer.write(program.encode())  # whatever the console's encoding is
+        sys.stdout.flush()
         return
     if program is not None:
         raise ValueError("is packed already")
     packed = pack(text)
     write_whole(args.out, packed)
-    size = len(text.encode())
+    size = len(data)
     digest = hashlib.sha256(packed).hexdigest()
     print(f"{args.out}: {len(packed):,} bytes, {100 * len(packed) / size:.1f} % of {size:,}, sha256 {digest}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="pack_code.py", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="pack_code.py", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="the source, or with --unpack the packed file")
     parser.add_argument("--out", type=Path, help="the packed file")
     parser.add_argument("--unpack", action="store_true", help="print the program inside a packed file")
     args = parser.parse_args(argv)
-    if not args.unpack and args.out is None:
-        parser.error("--out FILE is missing")
+    if args.unpack == (args.out is not None):
+        parser.error("--unpack prints the program: expected no --out" if args.unpack else "--out FILE is missing")
     try:
         run(args)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, SyntaxError) as error:  # ValueError: among others, a file that is not UTF-8
         print(f"pack_code.py: error: {args.file}: {error}", file=sys.stderr)
         return 2
@@ -338,4 +348,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -5,23 +5,28 @@
     python tools/plot_logs.py logs/*.txt --out curves.png --against steps --value val_bpb
 
 A log is one of train_gpt.py's (or of a script with the same lines): `step:N/M loss:L t:Tms` and `step:N/M val_loss:L val_bpb:B
-train_time:Tms`. Runs whose names differ only in `_seedN` are one curve each in one colour. Training losses are smoothed by a
+train_time:Tms`. Files that are none, or hold several runs, are named and left out. Runs whose names differ only in `_seedN` are one curve each in one colour. Training losses are smoothed by a
 running mean; a dot marks the validation loss at the end, which stands in the legend in bits per byte. Needs matplotlib
-(requirements-test.txt).
+(bash setup.sh --tests).
 """
 
 import argparse
+import importlib.util
 import math
+import os
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from run_logs import OneLineParser, start
 from shard_io import UserError
 
-TRAINING = re.compile(r"step:(\d+)/\d+ loss:([\d.]+) t:(\d+)ms")
-VALIDATION = re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+) val_bpb:([\d.]+) train_time:(\d+)ms")
+TRAINING = re.compile(r"step:(\d{1,15})/\d+ loss:(\d+(?:\.\d+)?) t:(\d{1,15})ms")
+VALIDATION = re.compile(r"step:(\d{1,15})/\d+ val_loss:(\d+(?:\.\d+)?) val_bpb:(\d+(?:\.\d+)?) train_time:(\d{1,15})ms")
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+MOST_SMOOTHING = 10_000  # lines of the log
 AXES = {"time": "training time (s)", "steps": "optimizer steps"}
 VALUES = {"loss": "loss (nats per token)", "val_bpb": "validation (bits per byte)"}
 COLOURS, STYLES = 10, ("-", "--", ":", "-.")  # a style for every five curves: told apart without colour too
@@ -30,22 +35,47 @@ COLOURS, STYLES = 10, ("-", "--", ":", "-.")  # a style for every five curves: t
 class Curve(NamedTuple):
     """The points of one log."""
 
-    name: str  # the file's name, without _seedN
+    name: str  # the file's name, without _seedN and a "_" in front
     training: list  # of (step, seconds, nats per token)
     validation: list  # of (step, seconds, nats per token, bits per byte)
 
 
+class NoTrainingLog(UserError):
+    """A file that is there, and is not the log of one training run."""
+
+
 def read_curve(path):
-    """The Curve of a log; UserError if it has no training line. Lines of the source at its beginning do not match."""
+    """The Curve of a log; NoTrainingLog if it is not that of one run. Lines of the source at its beginning do not match."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable log: {error}") from None
+    except UnicodeDecodeError:
+        raise NoTrainingLog(f"{path}: not a text file") from None
+    except IsADirectoryError:
+        raise NoTrainingLog(f"{path}: is a folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     training = [(int(m[1]), int(m[3]) / 1000, float(m[2])) for m in map(TRAINING.match, lines) if m]
     validation = [(int(m[1]), int(m[4]) / 1000, float(m[2]), float(m[3])) for m in map(VALIDATION.match, lines) if m]
     if not training:
-        raise UserError(f"{path}: no line `step:N/M loss:L t:Tms`: not the log of a run")
-    return Curve(re.sub(r"_seed\d+$", "", Path(path).stem), training, validation)
+        raise NoTrainingLog(f"{path}: no line `step:N/M loss:L t:Tms`: not the log of a run")
+    if (runs := sum(line.startswith("config {") for line in lines)) > 1:
+        raise NoTrainingLog(f"{path}: the logs of {runs} runs in one file: give each its own")
+    # a legend leaves out what begins with "_", as bench/arms.py's log of "(preset)" does; a font has no half characters
+    name = re.sub(r"^_+|_seed\d+$", "", Path(path).stem).encode(errors="replace").decode()
+    return Curve(name or "log", training, validation)
+
+
+def read_curves(paths):
+    """The Curves of all training logs; the other files are named on stderr. UserError if none is left."""
+    curves = []
+    for path in paths:
+        try:
+            curves.append(read_curve(path))
+        except NoTrainingLog as error:
+            print(f"plot_logs.py: left out: {error}", file=sys.stderr)
+    if not curves:
+        raise UserError(f"{', '.join(map(str, paths[:3]))}{', ...' * (len(paths) > 3)}: no log of a training run")
+    return curves
 
 
 def running_mean(values, window):
@@ -102,46 +132,64 @@ def draw(axes, curves, options):
 
 
 def plot(curves, options):
-    """Write the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Write the picture, whole or not at all."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not be installed here
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
     draw(axes, curves, options)
     axes.set_xlabel(AXES[options.against])
     axes.set_ylabel(VALUES[options.value])
-    axes.set_title(options.title)
+    axes.set_title(options.title, parse_math=False)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="validation, bits per byte", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, alignment="left")
-    figure.savefig(options.out, dpi=110, metadata={"Software": None})
+    legend = axes.legend(title="validation, bits per byte", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+                         alignment="left")  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name with two dollars is no formula
+    partial = options.out.with_name(f".partial.{os.getpid()}")
+    try:
+        figure.savefig(partial, dpi=110, format=options.out.suffix[1:], metadata={"Software": None} if is_png(options.out) else None)
+        os.replace(partial, options.out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_png(path):
+    return path.suffix == ".png"
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", metavar="LOG")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--against", choices=AXES, default="time")
     parser.add_argument("--value", choices=VALUES, default="loss")
     parser.add_argument("--smooth", type=int, default=20, metavar="N", help="training losses in a running mean (default 20)")
     parser.add_argument("--title", default="")
     options = parser.parse_args(argv)
-    if options.smooth < 1:
-        parser.error(f"--smooth {options.smooth}: expected at least 1")
+    if not 1 <= options.smooth <= MOST_SMOOTHING:
+        parser.error(f"--smooth {options.smooth}: expected 1 to {MOST_SMOOTHING}")
+    if options.out.suffix not in FORMATS:
+        parser.error(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    if not options.title.isprintable():
+        parser.error(f"--title {options.title!r}: expected one line of text")
     return options
 
 
 def main(argv=None):
     options = parse_arguments(argv)
     try:
-        plot([read_curve(path) for path in options.logs], options)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("needs matplotlib, which is not installed: bash setup.sh --tests, or pip install matplotlib")
+        plot(read_curves(options.logs), options)
     except (UserError, ImportError, OSError) as error:
-        print(f"plot_logs.py: {error}", file=sys.stderr)
+        print(f"plot_logs.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)
