@@ -15,6 +15,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def run_command(main, *mistakes):
+    """Exit code of a command: `main`'s (None is 0), or 2 where it raises OSError or one of `mistakes`, said in one line."""
+    try:
+        return main() or 0
+    except (OSError, *mistakes) as error:
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else " ".join(str(error).split("\n"))
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        return 2
+
+
 def not_a_command(command):
     """The end of a module that was started as if it were a command; `command` is what uses it."""
     name = Path(sys.argv[0]).name

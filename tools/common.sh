@@ -10,6 +10,11 @@
 SCRIPT=$(readlink -f -- "$0")                                         # not the link that it may have been started by
 ROOT=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
 
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  echo "common.sh: the scripts source it; it is not a command: see bash run_demo.sh --help" >&2
+  exit 2
+fi
+
 # A line for the person at the terminal; stdout stays free for results.
 say() { printf '%s: %s\n' "${SCRIPT##*/}" "$*" >&2; }
 
@@ -50,7 +55,7 @@ leave_out_variables() {
   # PYTHONIOENCODING). An interpreter of the user's own may need the first ones (a cluster's modules set PYTHONPATH).
   local own=(PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONNOUSERSITE PYTHONPLATLIBDIR)
   [[ -n ${TRAIN_PYTHON:-} ]] || own=()
-  unset_all_but PYTHON PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONPYCACHEPREFIX PYTHONUNBUFFERED ${own[@]+"${own[@]}"}
+  unset_all_but PYTHON PYTHON PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONPYCACHEPREFIX PYTHONUNBUFFERED ${own[@]+"${own[@]}"}
   unset __PYVENV_LAUNCHER__ _PYTHON_HOST_PLATFORM _PYTHON_PROJECT_BASE _PYTHON_SYSCONFIGDATA_NAME
   # pip: kept is where packages come from and how they are reached, and not where they go (PIP_USER, PIP_TARGET, PIP_PREFIX),
   # which (PIP_CONSTRAINT, set in NVIDIA's images), or how (PIP_NO_DEPS, PIP_REQUIRE_HASHES, PIP_NO_BINARY).
