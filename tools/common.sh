@@ -15,6 +15,14 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   exit 2
 fi
 
+# bash -p does not take exported functions over, but hands them on to the programs it starts, and a python may be a bash script
+# (pyenv's are). Only a program that starts another one can leave them out.
+functions=()
+while IFS= read -r line; do
+  [[ $line == BASH_FUNC_*%%=* ]] && functions+=(-u "${line%%=*}")
+done < <(env)
+((${#functions[@]} == 0)) || exec env "${functions[@]}" bash -p "$0" "$@"
+
 # A line for the person at the terminal; stdout stays free for results.
 say() { printf '%s: %s\n' "${SCRIPT##*/}" "$*" >&2; }
 
