@@ -56,8 +56,8 @@ leave_out_variables() {
   # What bash -p does not read, a bash that is started from here would.
   unset BASH_ENV ENV CDPATH GLOBIGNORE
   export -n SHELLOPTS BASHOPTS
-  # POSIXLY_CORRECT: other rules for bash and coreutils. EXECIGNORE hides programs. GREP_OPTIONS changes every grep.
-  unset POSIXLY_CORRECT BASH_COMPAT EXECIGNORE GREP_OPTIONS
+  # POSIXLY_CORRECT, BASH_COMPAT: other rules for bash and coreutils. GREP_OPTIONS changes every grep.
+  unset POSIXLY_CORRECT BASH_COMPAT GREP_OPTIONS
   # Other modules (PYTHONPATH: setup.sh would take another project's packages for its own; PYTHONSAFEPATH hides those beside a
   # tool), another library (PYTHONHOME), other rules (PYTHONWARNINGS=error, PYTHONOPTIMIZE=2, PYTHONINSPECT, PYTHONUTF8 and
   # PYTHONIOENCODING). An interpreter of the user's own may need the first ones (a cluster's modules set PYTHONPATH).
