@@ -63,7 +63,8 @@ leave_out_variables() {
   # PYTHONIOENCODING). An interpreter of the user's own may need the first ones (a cluster's modules set PYTHONPATH).
   local own=(PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONNOUSERSITE PYTHONPLATLIBDIR)
   [[ -n ${TRAIN_PYTHON:-} ]] || own=()
-  unset_all_but PYTHON PYTHON PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONPYCACHEPREFIX PYTHONUNBUFFERED ${own[@]+"${own[@]}"}
+  unset_all_but PYTHON PYTHON PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONPYCACHEPREFIX PYTHONUNBUFFERED \
+    ${own[@]+"${own[@]}"}
   unset __PYVENV_LAUNCHER__ _PYTHON_HOST_PLATFORM _PYTHON_PROJECT_BASE _PYTHON_SYSCONFIGDATA_NAME
   # pip: kept is where packages come from and how they are reached, and not where they go (PIP_USER, PIP_TARGET, PIP_PREFIX),
   # which (PIP_CONSTRAINT, set in NVIDIA's images), or how (PIP_NO_DEPS, PIP_REQUIRE_HASHES, PIP_NO_BINARY).
@@ -105,7 +106,8 @@ if [[ -n ${WORK_DIR:-} ]]; then
   # train_gpt.py would keep them in data/compile_cache, pytest, ruff and hypothesis beside what they read
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR-${work}data/compile_cache/torchinductor}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR-${work}data/compile_cache/triton}
-  export RUFF_CACHE_DIR=${RUFF_CACHE_DIR-${work}.ruff_cache} HYPOTHESIS_STORAGE_DIRECTORY=${HYPOTHESIS_STORAGE_DIRECTORY-${work}.hypothesis}
+  export RUFF_CACHE_DIR=${RUFF_CACHE_DIR-${work}.ruff_cache}
+  export HYPOTHESIS_STORAGE_DIRECTORY=${HYPOTHESIS_STORAGE_DIRECTORY-${work}.hypothesis}
 fi
 VENV=${work:-$ROOT/}.venv # made by setup.sh
 VENV_PYTHON=$VENV/bin/python
@@ -130,7 +132,8 @@ choose_python() {
   command -v -- "$python" >/dev/null || die "TRAIN_PYTHON=$python: no such program"
   problem=$("$python" tools/check_setup.py absent torch numpy sentencepiece 2>/dev/null) ||
     die "TRAIN_PYTHON=$python: does not run as Python 3.10 or later"
-  [[ -z $problem ]] || die "TRAIN_PYTHON=$python has no ${problem//$'\n'/, }; without TRAIN_PYTHON setup.sh installs what is missing"
+  [[ -z $problem ]] ||
+    die "TRAIN_PYTHON=$python has no ${problem//$'\n'/, }; without TRAIN_PYTHON setup.sh installs what is missing"
 }
 
 # ---- Presets
