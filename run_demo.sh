@@ -60,6 +60,7 @@ make_text_data() {
   say "making shards and a tokenizer of $VOCAB_SIZE pieces in $DATA_PATH"
   if ! "$python" tools/prepare_data.py text "${text[@]}" --vocab-size "$VOCAB_SIZE" --val-fraction "$val_fraction" \
     --out "$DATA_PATH" >&2; then
+    if [[ -e $DATA_PATH/manifest.json ]]; then return; fi # another run_demo.sh of this text was faster
     rmdir "$DATA_PATH" "${DATA_PATH%/*}" 2>/dev/null || true
     die "--text: no shards of it, for the reason above; VOCAB_SIZE=... asks for another number of pieces"
   fi

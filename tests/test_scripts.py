@@ -265,6 +265,12 @@ def test_environment_wins_over_preset(tmp_path):
     assert values == {"FIRST": "mine", "SECOND": "./a=b/c*", "THIRD": "", "EMPTY": "", "LAST": "9"}
 
 
+def test_a_preset_may_have_the_line_ends_of_windows(tmp_path):
+    (tmp_path / "a.env").write_bytes(b"# why\r\n\r\nFIRST=1\r\nLAST=2")
+    _, values = load_preset(tmp_path / "a.env", ("FIRST", "LAST"))
+    assert values == {"FIRST": "1", "LAST": "2"}
+
+
 def test_a_preset_says_which_settings_are_its_own(tmp_path):
     """What the environment held is the user's, an empty value too; what an earlier script left in the variable does not count."""
     (tmp_path / "a.env").write_text("FIRST=1\nSECOND=2\nTHIRD=3\nFOURTH=4\n")

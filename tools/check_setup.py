@@ -140,7 +140,7 @@ def table(args):
     print_table(rows)
     missing = [row.name for row in rows if row.state == MISSING]
     if missing:
-        print(f"setup.sh: error: missing: {', '.join(missing)} (a fresh start: rm -r .venv, then setup.sh)", file=sys.stderr)
+        print(f"setup.sh: error: missing: {', '.join(missing)} (a fresh start: rm -r {sys.prefix}, then setup.sh)", file=sys.stderr)
     return 1 if missing else 0
 
 

@@ -7,6 +7,7 @@
 # turns `sh run_demo.sh` into bash; the rest is leave_out_variables below. What says where packages come from, which devices
 # and how many threads to use (PIP_INDEX_URL, proxies, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS) is left as it is.
 
+unset POSIXLY_CORRECT # first: before 5.1 bash reads `< <(...)` as a mistake where it is set
 SCRIPT=$(readlink -f -- "$0")                                         # not the link that it may have been started by
 ROOT=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
 
@@ -56,8 +57,8 @@ leave_out_variables() {
   # What bash -p does not read, a bash that is started from here would.
   unset BASH_ENV ENV CDPATH GLOBIGNORE
   export -n SHELLOPTS BASHOPTS
-  # POSIXLY_CORRECT, BASH_COMPAT: other rules for bash and coreutils. GREP_OPTIONS changes every grep.
-  unset POSIXLY_CORRECT BASH_COMPAT GREP_OPTIONS
+  # BASH_COMPAT: other rules for bash, as POSIXLY_CORRECT is, for coreutils too. GREP_OPTIONS changes every grep.
+  unset BASH_COMPAT GREP_OPTIONS
   # Other modules (PYTHONPATH: setup.sh would take another project's packages for its own; PYTHONSAFEPATH hides those beside a
   # tool), another library (PYTHONHOME), other rules (PYTHONWARNINGS=error, PYTHONOPTIMIZE=2, PYTHONINSPECT, PYTHONUTF8 and
   # PYTHONIOENCODING). An interpreter of the user's own may need the first ones (a cluster's modules set PYTHONPATH).
@@ -145,6 +146,7 @@ load_preset() {
   export PRESET_SETTINGS=''
   [[ -r $1 ]] || die "preset $1: no such file"
   while IFS= read -r line || [[ -n $line ]]; do
+    line=${line%$'\r'} # of an editor on Windows
     [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
     [[ $line =~ ^([A-Z][A-Z0-9_]*)=([^[:space:]]*)$ ]] || die "preset $1: '$line' is neither KEY=VALUE nor a comment"
     key=${BASH_REMATCH[1]}
