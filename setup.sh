@@ -144,7 +144,8 @@ install_requirements() {
     die "pip failed on ${requirements[*]}; its message is above"
   [[ -n $missing ]] || return 0
   missing=$("$VENV_PYTHON" tools/check_setup.py missing "${requirements[@]}")
-  [[ -z $missing ]] || die "pip put ${missing//$'\n'/ } elsewhere than in $VENV; see target, prefix and root in: pip config list"
+  [[ -z $missing ]] ||
+    die "pip put ${missing//$'\n'/ } elsewhere than in $VENV; see target, prefix and root in: pip config list"
 }
 
 # FlashAttention-3 is worth having on Hopper only, and PyTorch's attention serves where it cannot be had. Tried once.
@@ -153,7 +154,8 @@ install_flash_attention() {
   [[ ! -e $tried && $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) == 9.0* ]] || return 0
   say "a Hopper GPU: trying FlashAttention-3"
   cuda=$("$VENV_PYTHON" -c 'import torch; print("cu" + (torch.version.cuda or "").replace(".", ""))')
-  if ! { pip install --quiet --no-user --no-deps --only-binary=:all: "${brief[@]}" --index-url "$TORCH_INDEX/$cuda" flash-attn-3 2>/dev/null &&
+  if ! { pip install --quiet --no-user --no-deps --only-binary=:all: "${brief[@]}" \
+    --index-url "$TORCH_INDEX/$cuda" flash-attn-3 2>/dev/null &&
     "$VENV_PYTHON" -c 'import flash_attn_interface' 2>/dev/null; }; then
     pip uninstall --quiet --yes flash-attn-3 2>/dev/null || true
     say "no FlashAttention-3 for this torch and CUDA: PyTorch's own attention serves"

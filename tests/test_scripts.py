@@ -26,7 +26,8 @@ import pack_code  # noqa: E402
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
 PRESETS = sorted(ROOT.glob("configs/*.env"))
 # what the scripts themselves read; the trainer sees these names too
-SCRIPT_VARIABLES = ("TRAIN_PYTHON", "ALLOW_CPU", "NPROC", "SUBMISSION_PATH", "TORCH_INDEX", "WORK_DIR", "PRESET_SETTINGS")
+SCRIPT_VARIABLES = ("TRAIN_PYTHON", "ALLOW_CPU", "NPROC", "SUBMISSION_PATH", "TORCH_INDEX", "WORK_DIR", "PRESET_SETTINGS",
+                    "FUNCTIONS_LEFT_OUT", "TEST_PROCESSES")  # fmt: skip
 
 # The settings this suite may have been started with must not reach the scripts it starts.
 CLEAN_ENV = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
@@ -589,6 +590,7 @@ HOSTILE = {
     "CDPATH": {"CDPATH": "/:/tmp:PARENT"},
     "GLOBIGNORE": {"GLOBIGNORE": "*"},
     "IFS": {"IFS": "/a.="},
+    "a value like a function": {"LETTER": "dear\nBASH_FUNC_cd%%=() { :; }"},
     "FUNCNEST": {"FUNCNEST": "1"},
     "TMPDIR": {"TMPDIR": "/nowhere/tmp"},
     "TMPDIR with a quote": {"TMPDIR": "it's"},
@@ -805,7 +807,7 @@ def start(checkout, command, argument):
     program = [sys.executable] if command.suffix == ".py" else ["bash"]
     env = CLEAN_ENV | {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INDEX": "1"}
     before = sorted(checkout.rglob("*"))
-    done = subprocess.run([*program, command, argument], cwd=checkout, env=env, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([*program, command, argument], cwd=checkout, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert sorted(checkout.rglob("*")) == before
     return done
 

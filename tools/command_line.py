@@ -1,4 +1,4 @@
-"""What the command lines in tools/ and bench/ have in common: an error is one line and exit code 2, and a module says it is one."""
+"""What the command lines in tools/ and bench/ share: an error is one line and exit code 2, a module says that it is one."""
 
 import argparse
 import sys

@@ -1,14 +1,15 @@
 # shellcheck shell=bash disable=SC2034 # the scripts that source it use what looks unused here
 # What the scripts share; they source it. It exports the keys of a preset, where things lie, and nothing else.
 #
-# Whoever starts a script may have told bash, Python, pip, git or pytest by variables, options, functions or aliases to behave
-# otherwise; here, and nowhere else, that is undone. First, each script's own first line starts it again as `bash -p`, which
-# leaves out exported functions, BASH_ENV, SHELLOPTS (noclobber, nounset, posix), BASHOPTS (failglob), CDPATH and GLOBIGNORE, and
-# turns `sh run_demo.sh` into bash; the rest is leave_out_variables below. What says where packages come from, which devices
-# and how many threads to use (PIP_INDEX_URL, proxies, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS) is left as it is.
+# Whoever starts a script may have told bash, Python, pip, git or pytest by variables, options, functions or aliases to
+# behave otherwise; here, and nowhere else, that is undone. First, each script's own first line starts it again as
+# `bash -p`, which leaves out exported functions, BASH_ENV, SHELLOPTS (noclobber, nounset, posix), BASHOPTS (failglob),
+# CDPATH and GLOBIGNORE, and turns `sh run_demo.sh` into bash; the rest is leave_out_variables below. What says where
+# packages come from, which devices and how many threads to use (PIP_INDEX_URL, proxies, CUDA_VISIBLE_DEVICES,
+# OMP_NUM_THREADS) is left as it is.
 
 unset POSIXLY_CORRECT # first: before 5.1 bash reads `< <(...)` as a mistake where it is set
-SCRIPT=$(readlink -f -- "$0")                                         # not the link that it may have been started by
+SCRIPT=$(readlink -f -- "$0") # not the link that it may have been started by
 ROOT=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
@@ -16,13 +17,13 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   exit 2
 fi
 
-# bash -p does not take exported functions over, but hands them on to the programs it starts, and a python may be a bash script
-# (pyenv's are). Only a program that starts another one can leave them out.
+# bash -p does not take exported functions over, but hands them on to the programs it starts, and a python may be a bash
+# script (pyenv's are). Only a program that starts another one can leave them out: once, since a value may look like one.
 functions=()
-while IFS= read -r line; do
+while [[ -z ${FUNCTIONS_LEFT_OUT:-} ]] && IFS= read -r line; do
   [[ $line == BASH_FUNC_*%%=* ]] && functions+=(-u "${line%%=*}")
 done < <(env)
-((${#functions[@]} == 0)) || exec env "${functions[@]}" bash -p "$0" "$@"
+((${#functions[@]} == 0)) || exec env "${functions[@]}" FUNCTIONS_LEFT_OUT=1 bash -p "$0" "$@"
 
 # A line for the person at the terminal; stdout stays free for results.
 say() { printf '%s: %s\n' "${SCRIPT##*/}" "$*" >&2; }
@@ -59,27 +60,27 @@ leave_out_variables() {
   export -n SHELLOPTS BASHOPTS
   # BASH_COMPAT: other rules for bash, as POSIXLY_CORRECT is, for coreutils too. GREP_OPTIONS changes every grep.
   unset BASH_COMPAT GREP_OPTIONS
-  # Other modules (PYTHONPATH: setup.sh would take another project's packages for its own; PYTHONSAFEPATH hides those beside a
-  # tool), another library (PYTHONHOME), other rules (PYTHONWARNINGS=error, PYTHONOPTIMIZE=2, PYTHONINSPECT, PYTHONUTF8 and
-  # PYTHONIOENCODING). An interpreter of the user's own may need the first ones (a cluster's modules set PYTHONPATH).
+  # Other modules (PYTHONPATH: setup.sh would take another project's packages for its own; PYTHONSAFEPATH hides those
+  # beside a tool), another library (PYTHONHOME), other rules (PYTHONWARNINGS=error, PYTHONOPTIMIZE=2, PYTHONINSPECT,
+  # PYTHONUTF8, PYTHONIOENCODING). An interpreter of the user's own may need the first (a cluster's modules set PYTHONPATH).
   local own=(PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONNOUSERSITE PYTHONPLATLIBDIR)
   [[ -n ${TRAIN_PYTHON:-} ]] || own=()
   unset_all_but PYTHON PYTHON PYTHONDONTWRITEBYTECODE PYTHONFAULTHANDLER PYTHONHASHSEED PYTHONPYCACHEPREFIX PYTHONUNBUFFERED \
     ${own[@]+"${own[@]}"}
   unset __PYVENV_LAUNCHER__ _PYTHON_HOST_PLATFORM _PYTHON_PROJECT_BASE _PYTHON_SYSCONFIGDATA_NAME
-  # pip: kept is where packages come from and how they are reached, and not where they go (PIP_USER, PIP_TARGET, PIP_PREFIX),
-  # which (PIP_CONSTRAINT, set in NVIDIA's images), or how (PIP_NO_DEPS, PIP_REQUIRE_HASHES, PIP_NO_BINARY).
-  unset_all_but PIP_ PIP_CACHE_DIR PIP_CERT PIP_CLIENT_CERT PIP_CONFIG_FILE PIP_DEFAULT_TIMEOUT PIP_EXTRA_INDEX_URL PIP_FIND_LINKS \
-    PIP_INDEX_URL PIP_KEYRING_PROVIDER PIP_NO_CACHE_DIR PIP_NO_INDEX PIP_PROXY PIP_RETRIES PIP_TIMEOUT PIP_TRUSTED_HOST
+  # pip: kept is where packages come from and how they are reached, and not where they go (PIP_USER, PIP_TARGET,
+  # PIP_PREFIX), which (PIP_CONSTRAINT, set in NVIDIA's images), or how (PIP_NO_DEPS, PIP_REQUIRE_HASHES, PIP_NO_BINARY).
+  unset_all_but PIP_ PIP_CACHE_DIR PIP_CERT PIP_CLIENT_CERT PIP_CONFIG_FILE PIP_DEFAULT_TIMEOUT PIP_EXTRA_INDEX_URL \
+    PIP_FIND_LINKS PIP_INDEX_URL PIP_KEYRING_PROVIDER PIP_NO_CACHE_DIR PIP_NO_INDEX PIP_PROXY PIP_RETRIES PIP_TIMEOUT PIP_TRUSTED_HOST
   # Another repository than the one a file lies in: set in git's hooks, where run_tests.sh may well be called.
-  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_COMMON_DIR GIT_NAMESPACE \
-    GIT_PREFIX GIT_EXTERNAL_DIFF
-  # Options and plugins of another project's tests; PYTEST_DISABLE_PLUGIN_AUTOLOAD hides pytest-xdist. ruff's output into a file.
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_COMMON_DIR \
+    GIT_NAMESPACE GIT_PREFIX GIT_EXTERNAL_DIFF
+  # Options and plugins of another project's tests (PYTEST_DISABLE_PLUGIN_AUTOLOAD hides pytest-xdist); ruff's likewise.
   unset_all_but PYTEST_
   unset_all_but RUFF_ RUFF_CACHE_DIR
 }
 
-# A folder for temporary files that is gone, or of somebody else, fails in mktemp only. Relative to where the user stands.
+# A folder for temporary files that is gone, or somebody else's, fails in mktemp only. Relative to where the user stands.
 check_tmpdir() {
   [[ -n ${TMPDIR:-} ]] || return 0
   if [[ -d $TMPDIR && -w $TMPDIR ]]; then
@@ -90,15 +91,15 @@ check_tmpdir() {
   fi
 }
 
-# Before the first function: FUNCNEST=1 forbids functions that call others; with TMOUT `read` gives up on a trainer that is silent.
+# FUNCNEST=1 forbids functions that call others; with TMOUT `read` gives up on a trainer that is silent.
 unset FUNCNEST TMOUT
 leave_out_variables
 check_tmpdir
 
 # ---- Where things lie
 
-# Before .venv, data/ and logs/ in a path. Nothing: relative to $ROOT, since logs hold paths and should hold no local ones. WORK_DIR,
-# relative to $ROOT too, names another folder for all of it, for a checkout that cannot be written.
+# What stands before .venv, data/ and logs/ in a path. Nothing: they are relative to $ROOT, since logs hold paths and should
+# hold no local ones. WORK_DIR, relative to $ROOT too, names another folder for all of it.
 work=''
 if [[ -n ${WORK_DIR:-} ]]; then
   [[ $WORK_DIR == /* ]] || WORK_DIR=$ROOT/$WORK_DIR
@@ -122,7 +123,7 @@ make_folder() {
 # Whether the driver shows a GPU; needs no Python, so it can be asked before anything is installed.
 has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU\ * ]]; }
 
-# Set $python to an interpreter that has what train_gpt.py needs: TRAIN_PYTHON, or that of .venv, which setup.sh makes or mends.
+# Set $python to an interpreter that has what train_gpt.py needs: TRAIN_PYTHON, or .venv's, which setup.sh makes or mends.
 choose_python() {
   local problem
   python=${TRAIN_PYTHON:-$VENV_PYTHON}
@@ -139,8 +140,8 @@ choose_python() {
 
 # ---- Presets
 
-# load_preset FILE: export its KEY=VALUE lines, except keys that the environment already has (an empty value counts), and in
-# PRESET_SETTINGS the names it exported: what a preset says is not what the user said.
+# load_preset FILE: export its KEY=VALUE lines, except keys that the environment already has (an empty value counts), and
+# in PRESET_SETTINGS the names it exported: what a preset says is not what the user said.
 load_preset() {
   local line key LC_ALL=C # [A-Z] are 26 letters
   export PRESET_SETTINGS=''

@@ -3,8 +3,8 @@
 
     demo_table.py RESULT [--manifest MANIFEST] [--artifact ARTIFACT]
 
-RESULT is a file whose last line is the trainer's `result {json}`; MANIFEST is the manifest.json of the data, if there is one;
-ARTIFACT is the path of the file that was written or read. A held-out text that is too small to say much is warned of.
+RESULT is a file whose last line is the trainer's `result {json}`; MANIFEST is the manifest.json of the data, if there is
+one; ARTIFACT is the path of the file that was written or read. A held-out text too small to say much is warned of.
 """
 
 import json
@@ -52,8 +52,8 @@ def noise_text(result):
 def warn_of_little_text(result):
     if (result.get("val_bytes") or FEW_BYTES) < FEW_BYTES:
         print(
-            f"demo_table.py: warning: {result['val_bytes']:,} bytes of held-out text are few, and other documents would give another "
-            f"score; expected {FEW_BYTES:,} or more: more text, or prepare_data.py text --val-fraction",
+            f"demo_table.py: warning: {result['val_bytes']:,} bytes of held-out text are few, and other documents would give "
+            f"another score; expected {FEW_BYTES:,} or more: more text, or prepare_data.py text --val-fraction",
             file=sys.stderr,
         )
 

@@ -133,13 +133,14 @@ def import_hub():
 
 
 def check_network_variables():
-    """UserError names the variable that the hub's client cannot work with: it would end in a traceback, or in a line that names none."""
+    """UserError names the variable that the hub's client cannot work with; it would say so in a traceback, or name none."""
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         if not re.fullmatch(r"\d*", os.environ.get(name, "")):
             refuse_variable(name, "whole seconds")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if not os.environ.get(name, "").isascii():
-            raise UserError(f"{name}: a character that is not ASCII in it; expected an access token of the hub")  # a secret: not shown
+            # a secret: not shown
+            raise UserError(f"{name}: a character that is not ASCII in it; expected an access token of the hub")
     try:
         import httpx  # the hub's client works with it
     except ImportError:

@@ -3,8 +3,8 @@
 
     own_text.py FILE... [--most-pieces N]
 
-Prints them with blanks between. The name holds a hash of what the files contain, in any order and under any name, so the same text
-finds its shards again and a changed one gets its own.
+Prints them with blanks between. The name holds a hash of what the files contain, in any order and under any name, so the
+same text finds its shards again and a changed one gets its own.
 """
 
 import hashlib
