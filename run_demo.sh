@@ -3,14 +3,37 @@
 # it, scores what comes back from the bytes. Ends with a table and the `result {...}` line.
 #
 #   bash run_demo.sh                             about 2 minutes of training on 2 CPU cores
+#   bash run_demo.sh --text FILE...              your own text: files or folders of .txt, .jsonl, .parquet
 #   MAX_WALLCLOCK_SECONDS=20 bash run_demo.sh    every setting is a variable; it wins over configs/demo.env
-#   DATA_PATH=... TOKENIZER_PATH=... bash run_demo.sh    other data
+#   DATA_PATH=... TOKENIZER_PATH=... bash run_demo.sh    shards that are there
+#   EVAL_ONLY=1 bash run_demo.sh                 score the artifact of the last such run again
 #   TRAIN_PYTHON=python3 bash run_demo.sh        an interpreter that has the requirements: nothing is installed
+#   WORK_DIR=FOLDER bash run_demo.sh             .venv, data, logs and artifacts there: for a checkout that cannot be written
 #
-# Relative paths are relative to this folder. The exit code is the trainer's.
+# The artifact lies beside the shards (where they cannot be written: beside the log) and is named at the end. Paths in
+# variables are relative to this folder, those after --text to where you are. The exit code is the trainer's.
+case $- in *p*) ;; *) POSIXLY_CORRECT=1 && \exec bash -p "$0" "$@" ;; esac # without what the user's shell exports
 set -euo pipefail
 # shellcheck source=tools/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
+source "$(dirname -- "$(readlink -f -- "$0")")/tools/common.sh"
+
+text=() # files and folders, absolute
+
+parse_options() {
+  local file
+  case ${1:-} in
+    -h | --help) show_usage && exit ;;
+    --text) (($# > 1)) || die "--text: a file or folder is missing; see bash run_demo.sh --help" ;;
+    *) (($# == 0)) || die "$1: not an option; see bash run_demo.sh --help" ;;
+  esac
+  for file in "${@:2}"; do
+    [[ -e $file ]] || die "--text $file: no such file or folder"
+    [[ $file == /* ]] || file=$PWD/$file
+    text+=("$file")
+  done
+  [[ -z ${text[*]-} || -z ${DATA_PATH+set}${TOKENIZER_PATH+set} ]] ||
+    die "--text makes shards and a tokenizer: expected no DATA_PATH and TOKENIZER_PATH beside it"
+}
 
 # keep_result FILE: pass stdin on line by line, except a last line that is the result: that goes into FILE.
 keep_result() {
@@ -25,9 +48,29 @@ keep_result() {
   printf '%s\n' "$last" >"$1"
 }
 
+# Shards of the user's text, in a folder that is named by what the files hold: made once, and anew when they change.
+make_text_data() {
+  local plan name pieces val_fraction
+  plan=$("$python" tools/own_text.py --most-pieces "$VOCAB_SIZE" "${text[@]}")
+  read -r name pieces val_fraction <<<"$plan"
+  # what the user says about the vocabulary holds; what the preset says is the demo's
+  [[ " $PRESET_SETTINGS " != *" VOCAB_SIZE "* ]] || VOCAB_SIZE=$pieces
+  DATA_PATH=${work}data/${name}_sp$VOCAB_SIZE
+  if [[ -e $DATA_PATH/manifest.json ]]; then return; fi
+  say "making shards and a tokenizer of $VOCAB_SIZE pieces in $DATA_PATH"
+  if ! "$python" tools/prepare_data.py text "${text[@]}" --vocab-size "$VOCAB_SIZE" --val-fraction "$val_fraction" \
+    --out "$DATA_PATH" >&2; then
+    if [[ -e $DATA_PATH/manifest.json ]]; then return; fi # another run_demo.sh of this text was faster
+    rmdir "$DATA_PATH" "${DATA_PATH%/*}" 2>/dev/null || true
+    die "--text: no shards of it, for the reason above; VOCAB_SIZE=... asks for another number of pieces"
+  fi
+}
+
 # The trainer's data: the demo corpus, or the user's own. Token ids mean nothing to another tokenizer: both or neither.
 choose_data() {
-  if [[ -z ${DATA_PATH+set} && -z ${TOKENIZER_PATH+set} ]]; then
+  if [[ -n ${text[*]-} ]]; then
+    make_text_data
+  elif [[ -z ${DATA_PATH+set} && -z ${TOKENIZER_PATH+set} ]]; then
     make_demo_data "$python"
     DATA_PATH=$demo_folder
   fi
@@ -35,25 +78,38 @@ choose_data() {
   [[ -n ${TOKENIZER_PATH+set} || -e $DATA_PATH/tokenizer.model ]] ||
     die "DATA_PATH=$DATA_PATH needs TOKENIZER_PATH: there is no tokenizer.model in the folder"
   export DATA_PATH TOKENIZER_PATH=${TOKENIZER_PATH-$DATA_PATH/tokenizer.model}
-  export RUN_ID=${RUN_ID-demo} ARTIFACT_PATH=${ARTIFACT_PATH-$demo_folder/demo.ternary.ptz}
+  choose_names
+}
+
+# Log and artifact are named by the data, so that runs on other data do not take each other's place.
+choose_names() {
+  local name folder=$DATA_PATH
+  name=$(basename -- "$DATA_PATH")
+  [[ $DATA_PATH != "$demo_folder" ]] || name=demo
+  [[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9._-]{0,79}$ ]] || name=own # what RUN_ID may be
+  [[ -w $folder ]] || folder=${LOG_DIR:-logs}
+  export RUN_ID=${RUN_ID-$name}
+  export ARTIFACT_PATH=${ARTIFACT_PATH-$folder/$RUN_ID.ternary.ptz}
 }
 
 main() {
-  local python=${TRAIN_PYTHON:-$VENV_PYTHON} result status=0
+  local python result status=0
+  parse_options "$@"
   cd "$ROOT"
-  [[ -n ${TRAIN_PYTHON:-} ]] || bash setup.sh --quiet --no-data
+  choose_python
   load_demo_preset "$python"
   choose_data
-  say "preset $preset, data $DATA_PATH, log logs/$RUN_ID.txt"
+  make_folder "${LOG_DIR:-logs}"
+  say "preset $preset, data $DATA_PATH, log ${LOG_DIR:-logs}/$RUN_ID.txt"
 
   result=$(mktemp)
   # shellcheck disable=SC2064 # the name as it is now: the variable is gone when the trap runs
-  trap "rm -f '$result'" EXIT
+  trap "rm -f $(printf %q "$result")" EXIT
   # threads that wait sleep: on cores shared with other work a step took 2.6 s with GNU OpenMP's spinning, .66 s without
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-PASSIVE}
   "$python" -u train_gpt.py | keep_result "$result" || status=${PIPESTATUS[0]}
   ((status == 0)) || exit "$status"
-  "$python" tools/demo_table.py "$result" --manifest "$DATA_PATH/manifest.json"
+  "$python" tools/demo_table.py "$result" --manifest "$DATA_PATH/manifest.json" --artifact "$ARTIFACT_PATH"
   cat "$result"
 }
 

@@ -7,12 +7,14 @@
 #   bash setup.sh --tests              with requirements-test.txt and requirements-data.txt
 #   bash setup.sh --python python3.12  build .venv with this interpreter (3.10 to 3.13)
 #   bash setup.sh --quiet              only what changes and errors; no table
+#   WORK_DIR=FOLDER bash setup.sh      .venv and data there: for a checkout that cannot be written
 #
 # Run it again at any time: what is there is kept (seconds, no network), what is missing or damaged is repaired.
 # TORCH_INDEX names the place of PyTorch's own wheels, for instance a mirror of the default.
+case $- in *p*) ;; *) POSIXLY_CORRECT=1 && \exec bash -p "$0" "$@" ;; esac # without what the user's shell exports
 set -euo pipefail
 # shellcheck source=tools/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/tools/common.sh"
+source "$(dirname -- "$(readlink -f -- "$0")")/tools/common.sh"
 
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl}
 brief=(--retries 2 --timeout 15) # an index that cannot be reached costs seconds, not minutes
@@ -33,7 +35,7 @@ parse_options() {
       --no-data) data=none ;;
       --tests) requirements+=(requirements-test.txt requirements-data.txt) ;;
       --quiet) quiet=1 ;;
-      -h | --help) sed -n '/^#   bash/s/^# *//p' setup.sh && exit ;;
+      -h | --help) show_usage && exit ;;
       *) die "$1: not an option; see bash setup.sh --help" ;;
     esac
     shift
@@ -49,11 +51,18 @@ parse_options() {
   [[ -z $shards || $data == fineweb ]] || die "--shards $shards: needs --data fineweb"
 }
 
-# Two setups of one folder would install over each other: the second one waits.
+# Two setups of one folder would install over each other: the second one waits. flock's 1 is "held by another"; any other code is
+# of a file system that has no locks (Lustre, NFS), where waiting would not end.
 wait_for_other_setup() {
+  local code=0
   command -v flock >/dev/null || return 0
-  exec 9<"$ROOT"
-  flock --nonblock 9 || { say "waiting for another setup.sh of this folder" && flock 9; }
+  exec 9<"${work:-$ROOT}"
+  flock --nonblock 9 2>/dev/null || code=$?
+  if ((code == 1)); then
+    say "waiting for another setup.sh of this folder" && flock 9
+  elif ((code > 1)); then
+    say "this file system has no locks: do not start a second setup.sh of this folder meanwhile"
+  fi
 }
 
 # ---- Python
@@ -97,8 +106,8 @@ make_venv() {
   local python
   if venv_works; then return; fi
   python=$(find_python)
-  say "making .venv with $python ($(python_version "$python"))"
-  "$python" -m venv --clear .venv >&2 || die "$python -m venv .venv failed; its message is above"
+  say "making ${work}.venv with $python ($(python_version "$python"))"
+  "$python" -m venv --clear "$VENV" >&2 || die "$python -m venv $VENV failed; its message is above"
 }
 
 # ---- Packages
@@ -112,15 +121,15 @@ remove_damaged() {
   [[ -n $damaged ]] || return 0
   say "damaged, installing again: ${damaged//$'\n'/ }"
   # shellcheck disable=SC2086 # one word a package
-  pip uninstall --quiet --yes $damaged || die "pip cannot remove a damaged package; rm -r .venv and run setup.sh again"
+  pip uninstall --quiet --yes $damaged || die "pip cannot remove a damaged package; rm -r $VENV and run setup.sh again"
 }
 
 # install_torch_cpu PIN: pip's default index has the CUDA build for Linux, gigabytes with its libraries. Without a GPU the
 # CPU build is asked for by its full version: where this pip looks anyway (a mirror, local wheels), then in PyTorch's own
 # index. Fails if neither has it.
 install_torch_cpu() {
-  pip install --quiet --no-deps "$1+cpu" 2>/dev/null ||
-    pip install --quiet --no-deps "${brief[@]}" --index-url "$TORCH_INDEX/cpu" "$1+cpu" 2>/dev/null
+  pip install --quiet --no-user --no-deps "$1+cpu" 2>/dev/null ||
+    pip install --quiet --no-user --no-deps "${brief[@]}" --index-url "$TORCH_INDEX/cpu" "$1+cpu" 2>/dev/null
 }
 
 install_requirements() {
@@ -131,16 +140,22 @@ install_requirements() {
   if [[ -n $torch && $(uname -s) == Linux ]] && ! has_nvidia_gpu && ! install_torch_cpu "$torch"; then
     say "no CPU build of $torch within reach: taking pip's default build (larger; it runs on a CPU too)"
   fi
-  pip install --quiet "${requirements[@]/#/--requirement=}" || die "pip failed on ${requirements[*]}; its message is above"
+  pip install --quiet --no-user "${requirements[@]/#/--requirement=}" ||
+    die "pip failed on ${requirements[*]}; its message is above"
+  [[ -n $missing ]] || return 0
+  missing=$("$VENV_PYTHON" tools/check_setup.py missing "${requirements[@]}")
+  [[ -z $missing ]] ||
+    die "pip put ${missing//$'\n'/ } elsewhere than in $VENV; see target, prefix and root in: pip config list"
 }
 
 # FlashAttention-3 is worth having on Hopper only, and PyTorch's attention serves where it cannot be had. Tried once.
 install_flash_attention() {
-  local tried=.venv/flash-attention-tried cuda
+  local tried=$VENV/flash-attention-tried cuda
   [[ ! -e $tried && $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) == 9.0* ]] || return 0
   say "a Hopper GPU: trying FlashAttention-3"
   cuda=$("$VENV_PYTHON" -c 'import torch; print("cu" + (torch.version.cuda or "").replace(".", ""))')
-  if ! { pip install --quiet --no-deps --only-binary=:all: "${brief[@]}" --index-url "$TORCH_INDEX/$cuda" flash-attn-3 2>/dev/null &&
+  if ! { pip install --quiet --no-user --no-deps --only-binary=:all: "${brief[@]}" \
+    --index-url "$TORCH_INDEX/$cuda" flash-attn-3 2>/dev/null &&
     "$VENV_PYTHON" -c 'import flash_attn_interface' 2>/dev/null; }; then
     pip uninstall --quiet --yes flash-attn-3 2>/dev/null || true
     say "no FlashAttention-3 for this torch and CUDA: PyTorch's own attention serves"
@@ -158,8 +173,8 @@ prepare_data() {
       data_folder=$demo_folder
       ;;
     fineweb)
-      "$VENV_PYTHON" tools/prepare_data.py fetch sp8192 ${shards:+--shards "$shards"}
-      data_folder=data/datasets/fineweb10B_sp8192
+      "$VENV_PYTHON" tools/prepare_data.py fetch sp8192 --out "${work}data" ${shards:+--shards "$shards"}
+      data_folder=${work}data/datasets/fineweb10B_sp8192
       ;;
     none) data_folder='' ;;
   esac
@@ -169,6 +184,10 @@ main() {
   trap 'exit 130' INT # pip turns Ctrl-C into a plain failure, which must not look like a missing wheel
   cd "$ROOT"
   parse_options "$@"
+  if ! venv_works; then
+    find_python >/dev/null # or the end, before a folder is made
+    make_folder "${work:-$ROOT}"
+  fi
   wait_for_other_setup
   make_venv
   remove_damaged

@@ -24,10 +24,30 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import OneLineParser  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(__doc__)
+    parser.add_argument("--count", type=int, default=100_000, help="damaged artifacts (default: %(default)s)")
+    parser.add_argument("--forged", type=int, default=10_000, help="forged artifacts (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, least in (("count", 0), ("forged", 0), ("workers", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least {least}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # -h and mistakes are answered before PyTorch is imported, which takes seconds
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -181,12 +201,7 @@ def worker(job: tuple[int, int, int]) -> tuple[collections.Counter, dict[str, in
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=100_000, help="damaged artifacts (default: %(default)s)")
-    parser.add_argument("--forged", type=int, default=10_000, help="forged artifacts (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parse_arguments()
     model_bytes = 4 * t.Layout(t.GPT(t.Config.from_env(SETTINGS))).params
     shares = [(args.seed + i, *(len(range(i, n, args.workers)) for n in (args.count, args.forged))) for i in range(args.workers)]
     outcomes, most, start = collections.Counter(), collections.Counter(), time.perf_counter()

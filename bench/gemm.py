@@ -26,17 +26,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import torch
-import torch.nn.functional as F
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
+
+from arms import read_preset  # noqa: E402
+from command_line import OneLineParser, run_command  # noqa: E402
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(__doc__)
+    parser.add_argument("--preset", type=Path, help="KEY=VALUE lines")
+    parser.add_argument("--tiny", action="store_true", help="small sizes")
+    parser.add_argument("--seconds", type=float, default=0.1, help="measuring time of a row on a GPU (default 0.1)")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # -h and mistakes are answered before PyTorch is imported, which takes seconds
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 with contextlib.suppress(ImportError):
     import triton  # train_gpt looks whether it is there
-
-from arms import read_preset  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -217,12 +232,7 @@ def measure_copy(bench: Bench, size: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", type=Path, help="KEY=VALUE lines")
-    parser.add_argument("--tiny", action="store_true", help="small sizes")
-    parser.add_argument("--seconds", type=float, default=0.1, help="measuring time of a row on a GPU (default 0.1)")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     preset = read_preset(args.preset) if args.preset else {}
     cfg = t.Config.from_env((TINY if args.tiny else {}) | preset | os.environ)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,4 +257,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, t.UserError))

@@ -25,14 +25,16 @@
 #   command: CORPUS=data/carried BASELINE=data/baseline bash bench/gpu_queue.sh step      carry: data/carried, data/baseline
 #
 # Uses the python that has torch (PYTHON, default python3) and sentencepiece. Nothing is downloaded.
+case $- in *p*) ;; *) POSIXLY_CORRECT=1 && \exec bash -p "$0" "$@" ;; esac # without what the user's shell exports
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=tools/common.sh
-source tools/common.sh
+source "$(dirname -- "$(readlink -f -- "$0")")/../tools/common.sh"
+cd "$ROOT" || exit
 
 python=${PYTHON:-python3} out=${OUT:-data/gpu_queue} corpus=${CORPUS:-} limit_s=${LIMIT_S:-585}
 against=(${BASELINE:+--against "$BASELINE"})
 stages=(parity step levers eval kernels train systems)
+[[ "$*" != -h && "$*" != --help ]] || { show_usage && exit; }
 [[ $# -gt 0 ]] || die "a stage is missing: ${stages[*]} or all"
 [[ "$*" == all ]] && set -- "${stages[@]}"
 for stage; do [[ " ${stages[*]} " == *" $stage "* ]] || die "$stage: expected ${stages[*]} or all"; done

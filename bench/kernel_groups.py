@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,3 +226,10 @@ def read_trace(path: Path, shapes: Shapes, gpu: bool) -> tuple[dict[str, float],
     groups = (gpu_groups if gpu else cpu_groups)(events, shapes)
     wall = sum(e["dur"] for e in events if e["name"] == REGION and e["cat"] == "user_annotation")
     return {name: value / 1000 for name, value in groups.items()}, wall / 1000
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+    from command_line import not_a_command
+
+    not_a_command("bench/step.py")

@@ -18,9 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import train_gpt as t
+from command_line import OneLineParser, run_command  # noqa: E402
+
+if __name__ == "__main__":
+    OneLineParser(__doc__).parse_args()  # -h and mistakes are answered before PyTorch is imported, which takes seconds
+
+import train_gpt as t  # noqa: E402
 
 STEP_S, STEPS, SHARDS, SHARD_TOKENS = 0.060, 200, 3, 40_000_000
 
@@ -60,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, t.UserError))

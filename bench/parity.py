@@ -16,12 +16,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import OneLineParser, run_command  # noqa: E402
 
-import train_gpt as t
+if __name__ == "__main__":
+    OneLineParser(__doc__).parse_args()  # -h and mistakes are answered before PyTorch is imported, which takes seconds
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import train_gpt as t  # noqa: E402
 
 SEQUENCES = 2
 
@@ -81,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, t.UserError))

@@ -52,6 +52,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from command_line import OneLineParser  # noqa: E402
+
 VERSION = "1"  # of what is kept in the cache
 TIMEOUT_S = 300  # of a single run: it takes a second or two
 
@@ -842,7 +846,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("old", type=Path, nargs="?", default=ROOT, metavar="OLD")
     parser.add_argument("new", type=Path, nargs="?", metavar="NEW")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases whose names hold one of these regexes")
@@ -856,6 +860,9 @@ def main() -> int:
     if args.serve:
         serve()
         return 0
+    for folder in filter(None, (args.old, args.new)):
+        if not (folder / "train_gpt.py").is_file():
+            parser.error(f"{folder}: expected a folder with train_gpt.py in it")
     wanted = lambda name: not args.only or any(re.search(pattern, name) for pattern in args.only)
     cases = [case for case in training_cases(args.old) if wanted(case.name)]
     codecs = [codec for codec in CODECS if wanted(f"codec {codec}")]

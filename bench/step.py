@@ -52,6 +52,10 @@ from arms import read_preset
 from kernel_groups import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from command_line import OneLineParser, run_command  # noqa: E402
+
 WORKER = Path(__file__).resolve().with_name("step_worker.py")
 UNIT_TOKENS = 65_536  # one process's share of the default step on 8 GPUs
 FINEWEB_VAL_TOKENS = 40_540_000
@@ -438,7 +442,7 @@ def first_step(script_folder: Path, env: dict[str, str], cwd: Path) -> dict:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--preset", type=Path, help="KEY=VALUE lines")
     parser.add_argument("--against", type=Path, action="append", default=[], metavar="FOLDER", help="an arm: another checkout")
     parser.add_argument(
@@ -471,6 +475,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("at_once", "rounds", "steps", "warmup", "cpu_peak_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    for folder in args.against:
+        if not (folder / "train_gpt.py").is_file():
+            parser.error(f"--against {folder}: expected a folder with train_gpt.py in it")
     args.step |= not (args.eval or args.world or args.startup)
     return args
 
@@ -496,4 +503,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

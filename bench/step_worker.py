@@ -25,14 +25,30 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[1] if __name__ == "__main__" else str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
-import numpy as np
-import torch
-from kernel_groups import FORWARD, REGION, Shapes, read_trace
-from torch.profiler import ProfilerActivity, profile, record_function
+from command_line import OneLineParser  # noqa: E402
 
-import train_gpt as t
+
+def parse_folder() -> Path:
+    """The checkout to measure; -h and mistakes are answered before PyTorch is imported, which takes seconds."""
+    parser = OneLineParser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    if not (folder / "train_gpt.py").is_file():
+        parser.error(f"{folder}: expected a folder with train_gpt.py in it")
+    return folder
+
+
+sys.path.insert(0, str(parse_folder() if __name__ == "__main__" else ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from kernel_groups import FORWARD, REGION, Shapes, read_trace  # noqa: E402
+from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
+
+import train_gpt as t  # noqa: E402
 
 SYNTHETIC_TOKENS = 1 << 22
 TEMPERATURE = 0.95  # of the evaluated model, as calibration would set it: not 1, so that the sliding score's division takes part

@@ -127,9 +127,9 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def fetch(out: Path, url: str, *options: str) -> subprocess.CompletedProcess:
+def fetch(out: Path, url: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
     clean = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    env = clean | {"HF_ENDPOINT": url, "HF_HOME": str(out.parent / "hf"), "HOME": str(out.parent), "NO_PROXY": "127.0.0.1"}
+    env = clean | {"HF_ENDPOINT": url, "HF_HOME": str(out.parent / "hf"), "HOME": str(out.parent), "NO_PROXY": "127.0.0.1"} | variables
     command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "fetch", "sp8192", "--out", str(out), *options]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
@@ -243,3 +243,46 @@ def test_nothing_there_or_no_network_is_one_line(tmp_path: Path, hub: Hub) -> No
     assert "3 training and 0 validation shards of fineweb10B_sp8192" in error_line(fetch(tmp_path / "data", hub.url))
     assert "not found, or not public" in error_line(fetch(tmp_path / "data", f"{hub.url}/elsewhere"))
     assert shards_in(tmp_path / "data") == {}
+
+
+UNUSABLE = {
+    "socks5": {"ALL_PROXY": "socks5://127.0.0.1:9"},
+    "socks": {"all_proxy": "socks://127.0.0.1:9"},
+    "ftp": {"HTTPS_PROXY": "ftp://127.0.0.1:9"},
+    "proxy with CR": {"http_proxy": "127.0.0.1:9\r"},
+    "bracketed host": {"NO_PROXY": "localhost,[::1]"},
+    "endpoint with CR": {"HF_ENDPOINT": "http://127.0.0.1:9\r"},
+    "endpoint with a blank": {"HF_ENDPOINT": "http://127.0.0.1 "},
+    "endpoint without a scheme": {"HF_ENDPOINT": "huggingface.co"},
+    "empty endpoint": {"HF_ENDPOINT": ""},
+    "certificates gone": {"SSL_CERT_FILE": "/nowhere/ca.pem"},
+    "no certificates": {"SSL_CERT_FILE": __file__},
+    "timeout": {"HF_HUB_DOWNLOAD_TIMEOUT": "10s"},
+}
+
+
+@pytest.mark.parametrize("variables", UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_a_variable_that_the_client_cannot_use_is_named_in_one_line(tmp_path: Path, variables: dict[str, str]) -> None:
+    out = tmp_path / "data"
+    result = fetch(out, "http://127.0.0.1:9", "--shards", "1", **variables)
+    ((name, value),) = variables.items()
+    assert f" {name}={value!r}: expected " in error_line(result) and result.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(tmp_path: Path) -> None:
+    line = error_line(fetch(tmp_path / "data", "http://127.0.0.1:9", HF_TOKEN="hf_geheim\u00df"))
+    assert " HF_TOKEN: " in line and "geheim" not in line
+
+
+def test_variables_that_the_client_can_use_are_used(tmp_path: Path, hub: Hub) -> None:
+    """The proxy answers in the hub's place, the list of exceptions and the lower spelling count, nothing is refused that works."""
+    proxied = {"HTTP_PROXY": "socks://ignored:9", "http_proxy": hub.url, "NO_PROXY": "", "HF_HUB_ETAG_TIMEOUT": "9"}
+    assert "not found" in error_line(fetch(tmp_path / "one", "http://nowhere.invalid", "--shards", "1", **proxied))
+    assert hub.requests and all(path.startswith("http://nowhere.invalid/") for _, path, _ in hub.requests)
+    assert fetch(tmp_path / "two", hub.url, "--shards", "1", ALL_PROXY="socks://127.0.0.1:9", NO_PROXY="*").returncode == 0
+
+
+def test_data_that_is_there_needs_no_usable_network_variable(tmp_path: Path, hub: Hub) -> None:
+    assert fetch(tmp_path / "data", hub.url, "--shards", "1").returncode == 0
+    assert fetch(tmp_path / "data", hub.url, "--shards", "1", ALL_PROXY="socks://127.0.0.1:9").returncode == 0

@@ -3,10 +3,10 @@
 
     check_setup.py damaged               names of installed packages that have lost files
     check_setup.py missing REQUIREMENTS  the pins that are not installed
+    check_setup.py absent MODULE...      those of the modules that cannot be found; exit code 1 before Python 3.10
     check_setup.py table REQUIREMENTS    a verification table; exit code 1 if something in it is MISSING
 """
 
-import argparse
 import csv
 import importlib
 import importlib.metadata
@@ -18,6 +18,8 @@ import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from command_line import OneLineParser, run_command
 
 OK, MISSING, NOT_NEEDED = "OK", "MISSING", "not needed"
 CODE_SUFFIXES = (".py", ".so", ".pyd", ".dylib")
@@ -138,23 +140,29 @@ def table(args):
     print_table(rows)
     missing = [row.name for row in rows if row.state == MISSING]
     if missing:
-        print(f"setup.sh: error: missing: {', '.join(missing)} (a fresh start: rm -r .venv, then setup.sh)", file=sys.stderr)
+        print(f"setup.sh: error: missing: {', '.join(missing)} (a fresh start: rm -r {sys.prefix}, then setup.sh)", file=sys.stderr)
     return 1 if missing else 0
 
 
+def absent(args):
+    print(*(name for name in args.module if importlib.util.find_spec(name) is None), sep="\n", end="")
+    return int(sys.version_info < (3, 10))  # noqa: UP036, an interpreter of the user's own
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = OneLineParser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda **options: OneLineParser(None, **options))
     commands.add_parser("damaged")
+    commands.add_parser("absent").add_argument("module", nargs="+")
     for name in ("missing", "table"):
         commands.add_parser(name).add_argument("requirements", nargs="+", type=Path)
     commands.choices["table"].add_argument("--data", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
-    if args.command == "table":
-        return table(args)
+    if args.command in ("table", "absent"):
+        return {"table": table, "absent": absent}[args.command](args)
     print(*(damaged_packages() if args.command == "damaged" else missing_pins(args.requirements)), sep="\n", end="")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
 """The table at the end of run_demo.sh: the scores of a run, its size, and what general compressors make of the same text.
 
-    demo_table.py RESULT [--manifest MANIFEST]
+    demo_table.py RESULT [--manifest MANIFEST] [--artifact ARTIFACT]
 
-RESULT is a file whose last line is the trainer's `result {json}`; MANIFEST is the manifest.json of the data, if there is one.
+RESULT is a file whose last line is the trainer's `result {json}`; MANIFEST is the manifest.json of the data, if there is
+one; ARTIFACT is the path of the file that was written or read. A held-out text too small to say much is warned of.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from command_line import OneLineParser
+
 BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
+# how far apart three seeds of the demo ended, 120 s on a CPU each, and on how many bytes they were scored (RESULTS.md R017)
+SEEDS_APART, SEEDS_BYTES = 0.047, 615_808
+FEW_BYTES = 100_000  # a sixth of the demo's: a few documents decide what comes out
 
 
 def read_result(path):
@@ -37,7 +42,23 @@ def artifact_text(result):
     return f"{artifact:,} bytes; with code {total:,} of {BUDGET_BYTES:,} ({100 * total / BUDGET_BYTES:.1f} %, {verdict})"
 
 
-def table_rows(result, manifest):
+def noise_text(result):
+    """What a difference between two such runs means. Measured for the demo on a CPU only; on other text it can be more."""
+    here = result["val_bytes"]
+    where = "this text" if here == SEEDS_BYTES else f"{SEEDS_BYTES:,} bytes of the demo's; scored here: {here:,}"
+    return f"three seeds lay {SEEDS_APART:.3f} apart (RESULTS.md R017) on {where}"
+
+
+def warn_of_little_text(result):
+    if (result.get("val_bytes") or FEW_BYTES) < FEW_BYTES:
+        print(
+            f"demo_table.py: warning: {result['val_bytes']:,} bytes of held-out text are few, and other documents would give "
+            f"another score; expected {FEW_BYTES:,} or more: more text, or prepare_data.py text --val-fraction",
+            file=sys.stderr,
+        )
+
+
+def table_rows(result, manifest, artifact=None):
     """(label, text) of every figure that the run and the data have: an evaluation alone has no training, own data no manifest."""
     whole = manifest.get("val", {}).get("bytes") in (None, result.get("val_bytes"))
     text = "same text" if whole else "whole validation text"  # VAL_MAX_TOKENS scores a part of it
@@ -49,8 +70,12 @@ def table_rows(result, manifest):
         f"xz -9, {text}": manifest.get("xz_bpb"),
     }
     rows = [(f"bits per byte, {label}", bits(value)) for label, value in scores.items() if value is not None]
+    if rows and result.get("device") == "cpu" and result.get("val_bytes"):
+        rows.append(("noise of these", noise_text(result)))
     if result.get("artifact_bytes") is not None:
         rows.append(("artifact", artifact_text(result)))
+    if artifact is not None:
+        rows.append(("artifact's file", str(artifact)))
     if result.get("steps") is not None:
         rows.append(("training", f"{result['train_time_s']:.1f} s, {result['steps']:,} steps, {result['tokens']:,} tokens"))
     return rows
@@ -62,16 +87,19 @@ def format_table(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--manifest", type=Path)
+    parser.add_argument("--artifact", type=Path)
     args = parser.parse_args(argv)
     try:
-        rows = table_rows(read_result(args.result), read_manifest(args.manifest))
+        result = read_result(args.result)
+        rows = table_rows(result, read_manifest(args.manifest), args.artifact)
     except (OSError, ValueError) as error:
         print(f"demo_table.py: error: {error}", file=sys.stderr)
         return 2
     print(f"\n{format_table(rows)}\n")
+    warn_of_little_text(result)
     return 0
 
 

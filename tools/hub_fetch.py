@@ -9,11 +9,13 @@ import contextlib
 import os
 import re
 import shutil
+import ssl
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from command_line import not_a_command
 from encode_text import load_tokenizer
 from shard_io import (
     MANIFEST,
@@ -67,9 +69,11 @@ def fetch_export(export, folder, shards, report):
     They go to folder/datasets/<dataset> and folder/tokenizers. report: called with each line of progress.
     Returns the manifest; UserError if the export cannot be had in full, and then no half file has a final name.
     """
-    with locked_folder(folder / "datasets" / export.dataset, "--out") as dataset:
+    dataset = folder / "datasets" / export.dataset
+    with no_empty_folders(dataset), locked_folder(dataset, "--out"):
         if is_fetched(dataset, export, shards):
             return read_manifest(dataset)
+        check_network_variables()
         hub = import_hub()
         with hub_errors(hub, f"dataset repository {export.repository}"):
             commit = hub.HfApi().repo_info(export.repository, repo_type="dataset").sha
@@ -80,6 +84,19 @@ def fetch_export(export, folder, shards, report):
         write_whole(dataset / MANIFEST, manifest)
         shutil.rmtree(dataset / ".fetch", ignore_errors=True)
         return manifest
+
+
+@contextlib.contextmanager
+def no_empty_folders(path):
+    """Where the block fails, the folders on the way to `path` that were not there go again, unless something is in them."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def is_fetched(dataset, export, shards):
@@ -110,6 +127,67 @@ def import_hub():
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
+
+
+# ---- the environment's say in how the hub is reached
+
+
+def check_network_variables():
+    """UserError names the variable that the hub's client cannot work with; it would say so in a traceback, or name none."""
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        if not re.fullmatch(r"\d*", os.environ.get(name, "")):
+            refuse_variable(name, "whole seconds")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if not os.environ.get(name, "").isascii():
+            # a secret: not shown
+            raise UserError(f"{name}: a character that is not ASCII in it; expected an access token of the hub")
+    try:
+        import httpx  # the hub's client works with it
+    except ImportError:
+        return  # import_hub says what is missing
+    check_certificates()
+    check_endpoint(httpx)
+    check_proxies(httpx)
+
+
+def refuse_variable(name, expected):
+    raise UserError(f"{name}={os.environ[name]!r}: expected {expected}")
+
+
+def check_certificates():
+    name = "SSL_CERT_FILE"
+    if os.environ.get(name):
+        try:
+            ssl.create_default_context(cafile=os.environ[name])
+        except OSError:
+            refuse_variable(name, "a file of certificates in PEM form; without it the usual ones are taken")
+
+
+def check_endpoint(httpx):
+    name, url = "HF_ENDPOINT", None
+    if name in os.environ:
+        with contextlib.suppress(httpx.InvalidURL):
+            url = httpx.URL(os.environ[name])
+        if url is None or url.scheme not in ("http", "https") or not re.fullmatch(r"[^\s%]+", url.host):
+            refuse_variable(name, "the address of a hub, such as https://huggingface.co")
+
+
+def check_proxies(httpx):
+    """Each proxy by itself, since the client does not say which one it means; what is left then is the list of exceptions."""
+    unusable = (httpx.InvalidURL, ValueError, ImportError)
+    names = {name.lower(): name for name in sorted(os.environ) if os.environ[name]}  # of two spellings the lower one counts
+    if os.environ.get(names.get("no_proxy", ""), "") != "*":
+        for name in (names[key] for key in ("all_proxy", "https_proxy", "http_proxy") if key in names):
+            value = os.environ[name]
+            try:
+                httpx.Client(proxy=value if "://" in value else f"http://{value}", trust_env=False, verify=False).close()
+            except unusable as error:
+                socks = isinstance(error, ImportError)
+                refuse_variable(name, "http://HOST:PORT" + " (or pip install 'httpx[socks]')" * socks)
+    try:
+        httpx.Client().close()
+    except unusable:
+        refuse_variable(names.get("no_proxy", "NO_PROXY"), "host names with commas between, ::1 without brackets")
 
 
 @contextlib.contextmanager
@@ -258,3 +336,7 @@ def write_whole(path, value):
     temporary = path.with_name(f".{path.name}.tmp")
     write_json(temporary, value)
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    not_a_command("tools/prepare_data.py")

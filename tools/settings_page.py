@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
+
+from command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/settings.md"
@@ -54,7 +55,7 @@ def page() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     args, text = parser.parse_args(arguments), page()
     if args.check:
