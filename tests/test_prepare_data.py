@@ -321,11 +321,11 @@ def bad_inputs(folder: Path, models: dict[str, Path]) -> dict[str, tuple[list, s
     return {
         "json": ([file("j.jsonl", b'{"text": "a"}\n\n{"text": \n'), *tokenizer], "j.jsonl: line 3: not JSON"),
         "field": ([file("f.jsonl", b'{"body": "a"}\n'), *tokenizer], "f.jsonl: line 1: expected a JSON object with the field 'text'"),
-        "type": ([file("t.jsonl", b'{"text": 5}\n'), *tokenizer], "t.jsonl: line 1: the text is int"),
+        "type": ([file("t.jsonl", b'{"text": 5}\n'), *tokenizer], "t.jsonl: line 1: the text is a number, expected a string (--bad-documents"),
         "utf8": ([file("u.txt", b"fine\nbroken \xff\xfe\n"), *tokenizer], "u.txt: line 2: not UTF-8"),
         "xz": ([file("x.jsonl.xz", whole[:-900]), *tokenizer], "x.jsonl.xz: damaged or cut short"),
         "gz": ([file("g.jsonl.gz", gzip.compress(english(9)[0].encode())[:-9]), *tokenizer], "g.jsonl.gz: damaged or cut short"),
-        "long": ([file("l.txt", b"a" * 5000), *tokenizer], "l.txt: line 1 begins a document of more than 0 MiB"),
+        "long": ([file("l.jsonl", b"a" * 5000), *tokenizer], "l.jsonl: line 1 begins a document of more than 0 MiB"),
         "missing": ([folder / "none.jsonl", *tokenizer], "INPUT {}/none.jsonl: no such file"),
         "suffix": ([file("a.csv", b"a"), *tokenizer], "INPUT {}/a.csv: no text there; expected"),
         "nothing": (tokenizer, "INPUT: no text file given"),
@@ -527,7 +527,9 @@ def test_check_reports_what_it_proved(tmp_path: Path, hard_sets: dict[str, Path]
     assert prepare_data.main(["check", str(hard_sets["normalizing"])]) == 0
     lines = capsys.readouterr().out
     assert f"in each of {len(hard_texts())} validation documents" in lines
-    assert f"the input had {sum(len(text.encode()) for text in hard_texts()):,}; the tokenizer normalizes" in lines
+    true = sum(len(text.encode()) for text in hard_texts())
+    assert f"the text that went in has {true:,} bytes, which the score counts; it differs in " in lines
+    assert "the tokenizer normalizes (nmt_nfkc, extra spaces removed)" in lines
     assert "FineWeb's 50,000 validation documents have 151,080,891 bytes; this is another text" in lines
     assert "151,080,891 bytes, and so has this split" in check_data.fineweb_line(check_data.SplitSize(1, 2, 50_000, 151_080_891))
     assert prepare_data.main(["check", str(tmp_path)]) == 2
