@@ -27,6 +27,7 @@ SAMPLE_PART_CHARS = 1 << 20
 KEY_BYTES = 16
 IGNORED_IN_KEY = bytes(range(33)) + b"\x7f"  # ASCII control characters and the space
 META_SPACE = "\u2581"  # what SentencePiece makes of a space
+RARE_SPACE = 0.001  # of the text's characters; from half of it on SentencePiece's own coverage has the space
 # SentencePiece's trainer counts the characters of a word (spaces, then others) in 16 bits; a longer word ends the process
 LONG_RUN = re.compile(r"[^ \u2581]{16384}|[ \u2581]{16384}")
 WINDOW_CHARS, CONTEXT_CHARS = 1 << 18, 1 << 12  # of a long text, encoded in windows that share some of it
@@ -50,8 +51,10 @@ def train_tokenizer(documents, vocab_size, coverage=None):
     if coverage is not None:  # SentencePiece itself takes .98 at least
         documents, options["character_coverage"] = without_rare_characters(documents, coverage), 1.0
     sentences = [part for document in documents for part in split_long_runs(document)]
-    if not any(" " in sentence for sentence in sentences):
-        options["required_chars"] = META_SPACE  # else a space is spelled in the three bytes of U+2581
+    if sum(sentence.count(" ") for sentence in sentences) < RARE_SPACE * sum(map(len, sentences)):
+        # a vocabulary without it spells a space in the three bytes of U+2581; the trainer wants to see what it requires
+        options["required_chars"] = META_SPACE
+        sentences.append(" ")
     try:
         return run_apart(_train_bpe, sentences, vocab_size, options)
     except ChildProcessError as error:
