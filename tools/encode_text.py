@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +31,7 @@ META_SPACE = "\u2581"  # what SentencePiece makes of a space
 RARE_SPACE = 0.001  # of the text's characters; from half of it on SentencePiece's own coverage has the space
 # SentencePiece's trainer counts the characters of a word (spaces, then others) in 16 bits; a longer word ends the process
 LONG_RUN = re.compile(r"[^ \u2581]{16384}|[ \u2581]{16384}")
+MAX_PIECE_CHARS = 16  # as SentencePiece trains them by default
 WINDOW_CHARS, CONTEXT_CHARS = 1 << 18, 1 << 12  # of a long text, encoded in windows that share some of it
 # what may hold many combining marks in a row (the halfwidth voiced marks are letters that become some)
 MARKS = re.compile(r"(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){31,}")
@@ -187,24 +189,39 @@ def encode_long(processor, text):
     Two windows share CONTEXT_CHARS. They join at the place nearest to the middle of what they share where both have a
     border of pieces: so far from a window's ends the pieces are those of the whole text.
     """
-    ids, start = [], 0
-    pieces = _window(processor, text, start)
+    ids, first, start = [], 0, 0
+    window = Window(processor, text, start)
     while start + WINDOW_CHARS < len(text):
         end = start + WINDOW_CHARS
-        start = end - CONTEXT_CHARS
-        following, middle = _window(processor, text, start), end - CONTEXT_CHARS // 2
-        borders = {begin for begin, _ in pieces} & {begin for begin, _ in following}
+        middle, begins = end - CONTEXT_CHARS // 2, window.begins(end - CONTEXT_CHARS, end)
+        for start in range(end - CONTEXT_CHARS, end - CONTEXT_CHARS + MAX_PIECE_CHARS):
+            following = Window(processor, text, start)
+            if borders := begins & following.begins(start + 1, end):
+                break  # else the text is one run of, say, spaces, in pieces of another phase; the next start has another
         # without any (an unknown word as long as that is one piece) the middle will do
-        border = min(borders - {start}, key=lambda begin: (abs(begin - middle), begin), default=middle)
-        ids += [piece_id for begin, piece_id in pieces if begin < border]
-        pieces = [(begin, piece_id) for begin, piece_id in following if begin >= border]
-    return ids + [piece_id for _, piece_id in pieces]
+        border = min(borders, key=lambda begin: (abs(begin - middle), begin), default=middle)
+        ids += window.ids[first : bisect_left(window, border)]
+        window, first = following, bisect_left(following, border)
+    return ids + window.ids[first:]
 
 
-def _window(processor, text, start):
-    """(begin in the text, id) of the pieces of a window."""
-    pieces = processor.encode(text[start : start + WINDOW_CHARS], out_type="immutable_proto").pieces
-    return [(start + piece.begin, piece.id) for piece in pieces]
+class Window:
+    """A part of a text, its ids, and where in the text its pieces begin."""
+
+    def __init__(self, processor, text, start):
+        part = text[start : start + WINDOW_CHARS]
+        self.ids = processor.encode(part)
+        self._start, self._pieces = start, processor.encode(part, out_type="immutable_proto").pieces
+
+    def begins(self, low, high):
+        """Where pieces begin from `low` to `high`."""
+        return {self[number] for number in range(bisect_left(self, low), bisect_left(self, high))}
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, number):
+        return self._start + self._pieces[number].begin
 
 
 # -------------------------------------------------------------------------------------------------- split

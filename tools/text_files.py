@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from shard_io import UserError
+from shard_io import MANIFEST, UserError
 
 BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 30  # a document takes up to ten times its size of memory while it is read and encoded
@@ -106,7 +106,9 @@ def _files_in(folder):
         left_out["links to folders"] += sum(not name.startswith(".") for name in links)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(root, name) for name in names if not name.startswith(".")):
-            if is_text_file(path):
+            if path.name == MANIFEST:
+                left_out[MANIFEST] += 1  # ours, of a dataset in there
+            elif is_text_file(path):
                 inside.append(path)
             elif path.is_file():
                 left_out[suffix_of(path) or "without suffix"] += 1
