@@ -252,6 +252,7 @@ def document_key(text):
     if not text.isascii():
         # Python sorts a run of combining marks in quadratic time
         text = unicodedata.normalize("NFKC", MARKS.sub(_stream_safe, text))
+    text = text.replace(META_SPACE, "")
     return hashlib.blake2b(text.encode().translate(None, IGNORED_IN_KEY), digest_size=KEY_BYTES).digest()
 
 

@@ -15,6 +15,7 @@ import hashlib
 import lzma
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -365,7 +366,8 @@ def size_summary(out, manifest):
 
 
 def printable(text, encoding):
-    """The text with what the encoding does not have spelled as \\u...: file names, on a console that is ASCII."""
+    """The text as one line, with control characters and what the encoding does not have spelled: file names hold them."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: control[0].encode("unicode_escape").decode(), text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -428,7 +430,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"prepare_data.py: error: {message}\n")
+        note(f"error: {message}")
+        self.exit(2)
 
 
 def build_parser():

@@ -4,6 +4,7 @@ A reader cuts a file into blocks at document borders, which is cheap; `parse_blo
 not, and can happen in another process. Neither holds more than a block and one document (of .json: one array).
 """
 
+import contextlib
 import gzip
 import json
 import lzma
@@ -153,8 +154,15 @@ def file_format(path):
 def read_blocks(path, layout):
     """Yield a file's Blocks in their order; UserError names the file if it is damaged or cannot be read."""
     readers = {".parquet": _parquet_blocks, ".json": _json_blocks, ".jsonl": _line_blocks, ".txt": _txt_blocks}
-    try:
+    with _named_errors(path):
         yield from readers[file_format(path)](path, layout)
+
+
+@contextlib.contextmanager
+def _named_errors(path):
+    """Errors of reading and unpacking as a UserError that names the file."""
+    try:
+        yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or cut short: {error}") from None
     except OSError as error:  # of a read: the system names no file
@@ -194,7 +202,8 @@ def _txt_blocks(path, layout):
 
 def cut_size(path, layout):
     """The size of the documents that a .txt file without separators is cut into; 0 if it is not cut. Reads the file."""
-    size = _size_without(path, layout.separator.encode())
+    with _named_errors(path):
+        size = _size_without(path, layout.separator.encode())
     if size is None or not (size > LONG_TXT_BYTES or file_identity(path) in layout.alone):
         return 0
     return min(max(size // 16, CUT_BYTES[0]), CUT_BYTES[1])
