@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import encode_text
+import hub_fetch
 import numpy as np
 import prepare_data
 import pytest
@@ -247,6 +248,17 @@ def test_without_recorded_bytes_check_says_what_it_compared(tmp_path: Path, caps
 
 
 # -------------------------------------------------------------------------------------------------- the tokenizer's identity
+
+
+def test_fetch_records_the_tokenizer_too(tmp_path: Path) -> None:
+    (tmp_path / "tokenizers").mkdir()
+    tokenizer = hub_fetch.RemoteFile("t", 0, None, tmp_path / "tokenizers" / "t.model")
+    tokenizer.target.write_bytes(KINDS["bpe lossless"].model)
+    shard = hub_fetch.RemoteFile("s", 0, None, make(tmp_path, KINDS["bpe lossless"].model, PLAIN) / "fineweb_val_000000.bin")
+    files = {"tokenizer": [tokenizer], "train": [shard], "val": [shard], "published": 1}
+    manifest = hub_fetch.describe(hub_fetch.EXPORTS["sp1024"], "c0ffee", files, tmp_path / "out")
+    assert manifest["tokenizer_sha256"] == hashlib.sha256(KINDS["bpe lossless"].model).hexdigest()
+    assert "document_bytes" not in manifest["val"]  # what went in is not known
 
 
 @pytest.mark.parametrize("knows", ["manifest", "older manifest", "no manifest"])

@@ -740,6 +740,15 @@ def test_nobody_reads_what_we_say(tmp_path: Path, models: dict[str, Path]) -> No
         assert (tmp_path / name / "manifest.json").exists()
 
 
+def test_what_a_library_does_at_the_end_spoils_no_work(tmp_path: Path, models: dict[str, Path]) -> None:
+    """pyarrow's threads aborted one process in a hundred when it ended."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    source = write_jsonl(tmp_path / "a.jsonl", english(9))
+    command = [sys.executable, ROOT / "tools" / "prepare_data.py", "text", source, "--tokenizer", models["lossless"], "--out", tmp_path / "out"]
+    done = subprocess.run([*map(str, command), "--workers", "2"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert done.returncode == 0 and f"{tmp_path / 'out'}: train 8 documents" in done.stdout
+
+
 def test_a_separator_that_is_not_utf_8_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         prepare_data.main(["text", "a.txt", "--out", "o", "--vocab-size", "400", "--separator", "\udcff"])
