@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import check_data
@@ -321,11 +327,11 @@ def bad_inputs(folder: Path, models: dict[str, Path]) -> dict[str, tuple[list, s
     return {
         "json": ([file("j.jsonl", b'{"text": "a"}\n\n{"text": \n'), *tokenizer], "j.jsonl: line 3: not JSON"),
         "field": ([file("f.jsonl", b'{"body": "a"}\n'), *tokenizer], "f.jsonl: line 1: expected a JSON object with the field 'text'"),
-        "type": ([file("t.jsonl", b'{"text": 5}\n'), *tokenizer], "t.jsonl: line 1: the text is int"),
+        "type": ([file("t.jsonl", b'{"text": 5}\n'), *tokenizer], "t.jsonl: line 1: the text is a number, expected a string (--bad-documents"),
         "utf8": ([file("u.txt", b"fine\nbroken \xff\xfe\n"), *tokenizer], "u.txt: line 2: not UTF-8"),
         "xz": ([file("x.jsonl.xz", whole[:-900]), *tokenizer], "x.jsonl.xz: damaged or cut short"),
         "gz": ([file("g.jsonl.gz", gzip.compress(english(9)[0].encode())[:-9]), *tokenizer], "g.jsonl.gz: damaged or cut short"),
-        "long": ([file("l.txt", b"a" * 5000), *tokenizer], "l.txt: line 1 begins a document of more than 0 MiB"),
+        "long": ([file("l.jsonl", b"a" * 5000), *tokenizer], "l.jsonl: line 1 begins a document of more than 0 MiB"),
         "missing": ([folder / "none.jsonl", *tokenizer], "INPUT {}/none.jsonl: no such file"),
         "suffix": ([file("a.csv", b"a"), *tokenizer], "INPUT {}/a.csv: no text there; expected"),
         "nothing": (tokenizer, "INPUT: no text file given"),
@@ -397,6 +403,490 @@ def test_a_new_dataset_replaces_the_old_one_completely(tmp_path: Path, models: d
     (out / ".partial").mkdir()  # of a run that was killed
     assert run_text(out, source, *tokenizer, "--overwrite") == 0
     assert sorted(files_in(out)) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "notes.txt", "tokenizer.model"]
+
+
+# -------------------------------------------------------------------------------------------------- data as it lies on disks
+
+
+def decoded(folder: Path, split: str = "train") -> list[str]:
+    """The documents of a split, as the tokenizer decodes them."""
+    sp = processor(folder / "tokenizer.model")
+    return [sp.decode(document[1:].tolist()) for document in check_data.read_token_documents(shard_io.shard_paths(folder, split), sp)]
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def everything(folder: Path) -> int:
+    """The documents that the manifest accounts for."""
+    manifest = manifest_of(folder)
+    return manifest["train"]["documents"] + manifest["val"]["documents"] + sum(manifest["left_out"].values())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param("ACGT" * 17_500, id="DNA"),
+        pytest.param(" " * 70_000, id="spaces"),
+        pytest.param("\u2581" * 70_000, id="U+2581"),
+        pytest.param("\u4e2d\u6587\u5b57" * 23_000, id="Chinese"),
+        pytest.param("x\n" * 35_000, id="line breaks"),
+    ],
+)
+def test_a_run_that_the_trainer_cannot_hold_is_split_for_training_only(tmp_path: Path, run: str) -> None:
+    texts = [*english(60), f"before{run}after"]
+    assert run_text(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", texts), "--vocab-size", 400, "--val-fraction", 0) == 0
+    assert decoded(tmp_path / "out") == [text.replace("\u2581", " ") for text in texts]
+    assert "".join(encode_text.split_long_runs(texts[-1])) == texts[-1]
+    assert list(encode_text.split_long_runs(texts[0])) == [texts[0]]  # the demo's model stays as it was
+
+
+@pytest.mark.parametrize(("last_act", "code"), [("os.kill(os.getpid(), 9)", -9), ("os.write(2, b'C++ text') and os._exit(255)", 255)])
+def test_a_trainer_that_dies_does_not_take_us_along(capfd: pytest.CaptureFixture, last_act: str, code: int) -> None:
+    with pytest.raises(ChildProcessError, match=f"ended with exit code {code}$"):
+        encode_text.run_apart(eval, last_act.replace("os.", "__import__('os')."))
+    assert capfd.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="the library's own"):
+        encode_text.run_apart(exec, "raise RuntimeError('the library\\'s own')")
+    assert encode_text.run_apart(len, "abc") == 3
+
+
+def test_a_dead_trainer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: object) -> None:
+        raise ChildProcessError("ended with exit code -9")
+
+    monkeypatch.setattr(encode_text, "run_apart", dead)
+    with pytest.raises(shard_io.UserError, match="--vocab-size 400: SentencePiece's trainer ended with exit code -9; is there enough memory"):
+        encode_text.train_tokenizer(english(20), 400)
+
+
+LINES = {
+    "null": (b'{"text": null}', "empty"),
+    "blank": (b'{"text": " \\n"}', "empty"),
+    "5,000 digits": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "train"),
+    "5,000 digits as the text": (b'{"text": ' + b"9" * 5000 + b"}", "refused: the text is a number"),
+    "number": (b'{"text": 5.0}', "refused: the text is a number"),
+    "boolean": (b'{"text": true}', "refused: the text is a boolean"),
+    "list": (b'{"text": ["a"]}', "refused: the text is an array"),
+    "object": (b'{"text": {}}', "refused: the text is an object"),
+    "no field": (b'{"body": "a"}', "refused: expected a JSON object with the field 'text'"),
+    "no object": (b'"a"', "refused: expected a JSON object with the field 'text'"),
+    "no JSON": (b"text", "refused: not JSON in UTF-8"),
+    "deep": (b"[" * 100_000, "refused: not JSON in UTF-8"),
+    "not UTF-8": (b'{"text": "\xff"}', "refused: not JSON in UTF-8"),
+    "BOM": (b'\xef\xbb\xbf{"text": "a"}', "train"),
+    "BOM alone": (b"\xef\xbb\xbf", "none"),
+    "not a number": (b'{"text": "a", "n": NaN, "i": -Infinity}', "train"),
+    "lone surrogate": (b'{"text": "\\ud800a"}', "train"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_every_odd_line_is_read_or_counted_or_named(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, name: str) -> None:
+    line, expected = LINES[name]
+    kind, _, message = expected.partition(": ")
+    texts = [json.dumps({"text": text}).encode() for text in english(3)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([texts[0], line, *texts[1:]]) + b"\n")
+    arguments = [tmp_path / "a.jsonl", "--tokenizer", models["lossless"], "--val-fraction", 0]
+    assert run_text(tmp_path / "out", *arguments) == (2 if message else 0)
+    if message:
+        error = capsys.readouterr().err
+        assert f"a.jsonl: line 2: {message}" in error and "--bad-documents skip" in error and error.count("\n") == 1
+    assert run_text(tmp_path / "skip", *arguments, "--bad-documents", "skip") == 0
+    manifest = manifest_of(tmp_path / "skip")
+    assert manifest["left_out"] == {"empty": kind == "empty", "duplicate": 0, "refused": kind == "refused"}
+    assert manifest["train"]["documents"] == 3 + (kind == "train")
+    assert f"left out: {int(kind == 'empty')} empty, 0 duplicate, {int(kind == 'refused')} refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["strings", "null", "numbers", "not UTF-8", "dictionary", "binary", "lists"])
+def test_odd_parquet_columns(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, name: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    raw = arrow.array([b"a text", b"\xff\xfe", b"more"], arrow.binary())
+    column, refused = {
+        "strings": (arrow.array(["a text", "x", "more"], arrow.large_string()), 0),
+        "null": (arrow.array(["a text", None, "more"]), 0),
+        "numbers": (arrow.array([1, 2, 3]), 3),
+        "not UTF-8": (arrow.Array.from_buffers(arrow.string(), 3, raw.buffers()), 1),
+        "dictionary": (arrow.array(["a text", "x", "more"]).dictionary_encode(), 0),
+        "binary": (raw, 1),
+        "lists": (arrow.array([["a"], ["b"], ["c"]]), 3),
+    }[name]
+    (tmp_path / "in").mkdir()
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "in" / "a.parquet")
+    write_jsonl(tmp_path / "in" / "b.jsonl", english(2))
+    arguments = [tmp_path / "in", "--tokenizer", models["lossless"], "--val-fraction", 0]
+    assert run_text(tmp_path / "out", *arguments, "--bad-documents", "skip") == 0
+    assert manifest_of(tmp_path / "out")["left_out"] == {"empty": name == "null", "duplicate": 0, "refused": refused}
+    assert everything(tmp_path / "out") == 5
+    capsys.readouterr()
+    assert run_text(tmp_path / "stop", *arguments) == (2 if refused else 0)
+    assert not refused or f"a.parquet: row {2 if refused == 1 else 1}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window_log", [27, 28])
+def test_zstd_with_a_long_window_is_read(tmp_path: Path, models: dict[str, Path], window_log: int) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # without a size: the window is what the frame says
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in english(5))
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(data) + stream.flush())
+    assert run_text(tmp_path / "out", tmp_path / "a.jsonl.zst", "--tokenizer", models["lossless"], "--val-fraction", 0) == 0
+    assert decoded(tmp_path / "out") == english(5)
+
+
+def test_a_long_document_is_encoded_in_windows_that_change_no_token(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_text, "WINDOW_CHARS", 300)
+    monkeypatch.setattr(encode_text, "CONTEXT_CHARS", 100)
+    rng = np.random.default_rng(0)
+    texts = {
+        "words": " ".join(english(40)),
+        "no space": "".join(rng.choice(list("ACGT"), 3000)),
+        "rare": "".join(map(chr, rng.integers(0x4E00, 0x9000, 1000))),
+        "spaces": "x" + " " * 999 + "y" + " " * 301,
+        "marks": "e\u0301 \ufb01 \u00bd\n\n" * 200,
+        "edge": "w " * 150,
+    }
+    for name, model in models.items():
+        sp = processor(model)
+        for kind, text in texts.items():
+            ids, whole = encode_text.encode_documents(sp, [text, "short"]).tolist(), [BOS, *sp.encode(text), BOS, *sp.encode("short")]
+            if kind == "spaces":  # nothing tells one of them from the next
+                assert name in ("normalizing", "no_fallback") or sp.decode(ids) == sp.decode(whole) and len(ids) <= len(whole) + 9
+            else:
+                assert ids == whole, (name, kind)
+
+
+def test_a_whole_encyclopaedia_as_one_document(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(english(2000) * 23)
+    assert len(text) > 8 << 20  # which was the limit
+    source = write_jsonl(tmp_path / "a.jsonl", ["another", text])
+    assert [text for _, text in encode_text.read_documents([source], text_files.Layout())] == ["another", text]
+    monkeypatch.setattr(encode_text, "WINDOW_CHARS", 1 << 14)
+    source = write_jsonl(tmp_path / "b.jsonl", ["another", text[: 1 << 17]])
+    assert run_text(tmp_path / "out", source, "--tokenizer", models["lossless"], "--val-fraction", 0) == 0
+    assert tokens_of(tmp_path / "out", "train") == encoded(models["lossless"], ["another", text[: 1 << 17]])
+
+
+def test_a_tokenizer_is_trained_on_parts_of_a_document_that_is_larger_than_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_text, "SAMPLE_PART_CHARS", 1000)
+    text = " ".join(english(600))
+    sample = encode_text.tokenizer_sample([(encode_text.document_key(text), text)], encode_text.Split(0.0), max_bytes=20_000)
+    assert 5_000 < sum(map(len, sample)) <= 20_000
+    assert all(part in text for part in sample)
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "aa"])
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_every_document_of_a_text_file_loses_its_bom(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, separator: str, block: int
+) -> None:
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+    documents = ["\ufeffone", "\r\n\ufefftwo\n", "\ufeff\nthree", "", "\ufeff", "f\ufeffour", "five\n"]
+    (tmp_path / "a.txt").write_text(separator.join(documents), encoding="utf-8", newline="")
+    assert run_text(tmp_path / "out", tmp_path / "a.txt", "--tokenizer", models["lossless"], "--val-fraction", 0, "--separator", separator) == 0
+    parts = [part.strip("\r\n").removeprefix("\ufeff").lstrip("\r\n") for part in separator.join(documents).split(separator)]
+    assert decoded(tmp_path / "out") == [part for part in parts if part]
+    assert {"one", "two", "three"} <= set(parts)
+    assert manifest_of(tmp_path / "out")["left_out"]["empty"] == parts.count("")
+
+
+def test_utf_16_is_named(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("a text", encoding="utf-16")
+    assert run_text(tmp_path / "out", tmp_path / "a.txt", "--tokenizer", models["lossless"]) == 2
+    assert "a.txt: line 1: UTF-16 by its first bytes, expected UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_says_what_is_read_and_what_is_not(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "in"
+    for name in (".ipynb_checkpoints", ".git/objects", "sub", "elsewhere"):
+        (folder / name).mkdir(parents=True)
+    texts = iter(english(9))
+    for name in ("a.jsonl", "sub/b.json.gz", "c.JSONL", "D.Jsonl.GZ"):
+        write_jsonl(folder / "x.gz" if name.lower().endswith("gz") else folder / name, [next(texts)])
+        if name.lower().endswith("gz"):
+            (folder / "x.gz").rename(folder / name)
+    (folder / "E.TXT").write_text(next(texts))
+    (folder / "f.json").write_text("\ufeff \n" + json.dumps([{"text": next(texts)}, {"text": next(texts)}], indent=1))
+    write_jsonl(folder / ".ipynb_checkpoints" / "a-checkpoint.jsonl", english(2))
+    write_jsonl(folder / ".git" / "objects" / "b.jsonl", english(2))
+    for name in ("._a.jsonl", ".DS_Store", "g.csv", "h.CSV", "README", "i.jsonl.bz2"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    (folder / "elsewhere" / "link.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "broken.jsonl").symlink_to("nowhere.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    assert run_text(tmp_path / "out", folder, folder / "a.jsonl", "--tokenizer", models["lossless"], "--val-fraction", 0) == 0
+    assert sorted(decoded(tmp_path / "out")) == sorted(english(9)[:7])
+    out = capsys.readouterr().out
+    assert (
+        f"INPUT {folder}: 1 .json, 1 .json.gz, 3 .jsonl, 1 .jsonl.gz, 1 .txt to read; left out: 1 .bz2, 2 .csv, 4 hidden, "
+        "2 no regular files, 1 without suffix\n"
+    ) in out
+    assert "INPUT: 2 files are there twice, by another name or a link; each is read once\n" in out
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "folder.jsonl", ".hidden"])
+def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path) if name.startswith("pipe") else path.mkdir()
+    (tmp_path / ".hidden.jsonl").write_text("")
+    assert run_text(tmp_path / "out", path, "--tokenizer", models["lossless"]) == 2
+    assert f"INPUT {path}: no text there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b'[{"text": "a"}, {"text": 1}]', "a.json: document 2: the text is a number"),
+        (b'[{"text": "a"}] {}', "a.json: not JSON in UTF-8"),
+        (b'{"text":\n"a"}', "a.json: line 1: not JSON in UTF-8"),
+        (b"[", "a.json: not JSON in UTF-8"),
+    ],
+)
+def test_what_a_json_file_may_be(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, data: bytes, expected: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    assert run_text(tmp_path / "out", tmp_path / "a.json", "--tokenizer", models["lossless"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_the_coverage_that_the_advice_names_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(0x4E00, 0x4E00 + 3000, 200))) + " " + "\u4e00\u4e01" * 40 for _ in range(150)]
+    source, size = write_jsonl(tmp_path / "a.jsonl", texts), ["--vocab-size", 1024]
+    assert run_text(tmp_path / "out", source, *size) == 2
+    line = capsys.readouterr().err
+    assert "1024 vs 32" in line and "decrease character_coverage with --character-coverage option" in line
+    assert "trainer_interface.cc" not in line
+    assert run_text(tmp_path / "out", source, *size, "--character-coverage", 0.45, "--val-fraction", 0) == 0
+    assert decoded(tmp_path / "out") == texts
+    assert run_text(tmp_path / "no", source, "--tokenizer", tmp_path / "out" / "tokenizer.model", "--character-coverage", 0.9) == 2
+    assert "--character-coverage 0.9: expected with --vocab-size" in capsys.readouterr().err
+
+
+def test_the_characters_that_coverage_keeps_are_the_frequent_ones() -> None:
+    documents = ["aaaa bbbz", "aaaa]b^cx"]  # 8 a, 4 b, 6 others once each
+    assert encode_text.without_rare_characters(documents, 1.0) == documents
+    assert encode_text.without_rare_characters(documents, 12 / 18) == ["aaaa", "bbb", "aaaa", "b"]
+    assert encode_text.without_rare_characters(documents, 0.4) == ["aaaa", "aaaa"]
+
+
+@pytest.mark.parametrize("mark", ["\u0301\u0323", "\uff9e", "\u0f73"])
+def test_the_key_of_a_text_with_many_marks_takes_linear_time(mark: str) -> None:
+    text, times = "a" + mark * 75_000, []
+    with pytest.MonkeyPatch.context() as patch:
+        lengths = []
+        normalize = unicodedata.normalize
+
+        class Counting:
+            combining = staticmethod(unicodedata.combining)
+
+            @staticmethod
+            def normalize(form: str, part: str) -> str:
+                runs = re.findall("[^\u034f]+", part)
+                lengths.append(max(map(len, runs)))
+                return normalize(form, part)
+
+        patch.setattr(encode_text, "unicodedata", Counting)
+        started = time.process_time()
+        encode_text.document_key(text)
+        times.append(time.process_time() - started)
+    assert max(lengths) <= 32  # what is sorted at once
+    assert times[0] < 5
+
+
+def test_the_key_ignores_what_tokenizers_ignore_still() -> None:
+    key = encode_text.document_key
+    assert key("\u00e9 \ufb01") == key("e\u0301  fi") != key("e fi")
+    assert key("\u2026" * 40) == key("." * 120)  # no marks: nothing is put between them
+    assert key("\u2014" * 40) == key(" ".join("\u2014" * 40))
+    assert key("a" + "\u0301" * 40) != key("a" + "\u0301" * 41)
+    becomes = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and unicodedata.combining(unicodedata.normalize("NFKD", chr(c))[0])]
+    assert len(becomes) > 800 and all(encode_text.MARKS.fullmatch(character * 31) for character in becomes)
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+@pytest.mark.parametrize("name", ["h\u00fclle \u4e2d".encode(), b"not-utf8-\xff"], ids=["umlaut", "bytes"])
+def test_any_path_on_any_console(tmp_path: Path, models: dict[str, Path], variables: dict[str, str], name: bytes) -> None:
+    folder = os.fsencode(tmp_path) + b"/" + name
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    source = write_jsonl(tmp_path / "a.jsonl", english(4))
+    shutil.copy(source, folder + b"/" + name + b".jsonl")
+    shutil.copy(models["lossless"], folder + b"/t.model")
+    pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table({"text": english(2, 3)}), tmp_path / "p.parquet")
+    shutil.copy(tmp_path / "p.parquet", folder + b"/" + name + b".parquet")
+    script = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
+    arguments = ["text", folder, "--tokenizer", folder + b"/t.model", "--out", folder + b"/out", "--workers", "1", "--val-fraction", ".5"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))} | variables
+    for command in (arguments, ["text", folder + b"/none.txt", *arguments[2:]]):
+        done = subprocess.run([*script, *command], capture_output=True, env=environment, timeout=60)
+        assert b"Traceback" not in done.stderr and done.returncode == (2 if b"none.txt" in command[1] else 0), done.stderr
+        assert done.stdout or b"none.txt: no such file" in done.stderr
+    assert everything(Path(os.fsdecode(folder + b"/out"))) == 6
+    assert prepare_data.main(["check", os.fsdecode(folder + b"/out")]) == 0
+
+
+def test_nobody_reads_what_we_say(tmp_path: Path, models: dict[str, Path]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", english(4))
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "text", str(source), "--tokenizer", str(models["lossless"])]
+    for name, redirection in (("closed", ">&-"), ("pipe", "| true"), ("full", ">/dev/full")):
+        line = f'set -o pipefail; "$@" --out {tmp_path / name} --workers 1 --val-fraction 0 {redirection}'
+        done = subprocess.run(["bash", "-c", line, "_", *command], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), name
+        assert (tmp_path / name / "manifest.json").exists()
+
+
+def test_what_a_library_does_at_the_end_spoils_no_work(tmp_path: Path, models: dict[str, Path]) -> None:
+    """pyarrow's threads aborted one process in a hundred when it ended."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    source = write_jsonl(tmp_path / "a.jsonl", english(9))
+    command = [sys.executable, ROOT / "tools" / "prepare_data.py", "text", source, "--tokenizer", models["lossless"], "--out", tmp_path / "out"]
+    done = subprocess.run([*map(str, command), "--workers", "2"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert done.returncode == 0 and f"{tmp_path / 'out'}: train 8 documents" in done.stdout
+
+
+def test_a_separator_that_is_not_utf_8_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        prepare_data.main(["text", "a.txt", "--out", "o", "--vocab-size", "400", "--separator", "\udcff"])
+    assert "--separator" in (line := capsys.readouterr().err) and "expected UTF-8" in line
+
+
+# -------------------------------------------------------------------------------------------------- a newcomer's text
+
+
+def book(paragraphs: int, seed: int = 0) -> str:
+    return "\n\n".join(english(paragraphs, seed)) + "\n"
+
+
+def test_one_text_file_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, text = tmp_path / "book.txt", book(400)
+    path.write_text(text)
+    for block in (977, 1 << 20):
+        monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+        assert run_text(tmp_path / str(block), path, "--vocab-size", 400) == 0
+    assert files_in(tmp_path / "977") == files_in(tmp_path / str(1 << 20))
+    out, err = capsys.readouterr()
+    assert f"{path}: no '<|endoftext|>' there, so its documents are pieces of 4,096 bytes up to the next blank line" in out
+    val = decoded(tmp_path / "977", "val")
+    documents = decoded(tmp_path / "977", "train") + val
+    assert 1 <= len(val) < len(documents) / 4
+    assert sorted(line for document in documents for line in document.splitlines() if line) == sorted(line for line in text.splitlines() if line)
+    assert all(4096 <= len(document.encode()) + 2 <= 4 * 4096 for document in documents if document != text.strip()[-len(document):])
+    assert f"{tmp_path / '977'}: {sum(map(len, val)):,} bytes of validation text: another text as large would score about" in err
+
+
+@pytest.mark.parametrize("text", ["a line of words\n" * 200, "word " * 700, "\u4e2d" * 1200, "x" * 3001, book(3)], ids=["lines", "spaces", "Chinese", "one word", "short"])
+def test_a_text_without_blank_lines_is_cut_where_it_hurts_least(tmp_path: Path, models: dict[str, Path], text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert run_text(tmp_path / "out", tmp_path / "a.txt", "--tokenizer", models["lossless"]) == 0
+    assert len(decoded(tmp_path / "out", "val")) >= 1
+    blocks = text_files.read_blocks(tmp_path / "a.txt", text_files.Layout(alone=frozenset([text_files.file_identity(tmp_path / "a.txt")])))
+    assert b"".join(document for block in blocks for document, _ in block.payload).decode() == text
+
+
+def test_a_short_file_beside_others_is_one_document_and_a_long_one_is_cut(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    texts = {"a.txt": book(30), "b.txt": book(30, 1), "long.txt": book(250, 2) * 25}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert len(texts["long.txt"]) > 1 << 20
+    assert run_text(tmp_path / "out", tmp_path, "--tokenizer", models["lossless"], "--val-fraction", 0) == 0
+    documents = decoded(tmp_path / "out")
+    assert documents[:2] == [texts["a.txt"].strip(), texts["b.txt"].strip()]
+    assert len(documents) > 200
+    assert capsys.readouterr().out.count("no '<|endoftext|>' there") == 1
+
+
+def test_a_document_is_held_out_of_a_few(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    for count in (2, 9):
+        source = write_jsonl(tmp_path / f"{count}.jsonl", english(count, 5))
+        assert run_text(tmp_path / f"out{count}", source, "--tokenizer", models["lossless"]) == 0
+        assert manifest_of(tmp_path / f"out{count}")["val"]["documents"] == 1
+    for texts in (["one"], ["same", "same "]):
+        assert run_text(tmp_path / "no", write_jsonl(tmp_path / "a.jsonl", texts), "--tokenizer", models["lossless"]) == 2
+        assert "is held out" in capsys.readouterr().err
+
+
+def test_a_failed_call_leaves_no_folder(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "there").mkdir()
+    for out in ("deep/er/out", "there/new", "x" * 300, f"deep/{'x' * 300}/y"):
+        assert run_text(tmp_path / out, source, "--tokenizer", models["lossless"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "there"]
+    assert not list((tmp_path / "there").iterdir())
+    assert f"--out {tmp_path / ('x' * 300)}: cannot make the folder: File name too long" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_with_its_folder(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shard_io, "sync", full)
+    assert run_text(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", english(9)), "--tokenizer", models["lossless"]) == 2
+    assert f"error: {tmp_path / 'out'}: cannot be written: No space left on device\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_cannot_be_read_is_named_with_its_file(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> Iterator[bytes]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield b""
+
+    source = write_jsonl(tmp_path / "a.jsonl", english(9))
+    monkeypatch.setattr(text_files, "_chunks", broken)
+    assert run_text(tmp_path / "out", source, "--tokenizer", models["lossless"]) == 2
+    assert f"error: {source}: cannot be read: Input/output error\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(shard_io.fcntl, "flock", refuse)
+    assert run_text(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", english(9)), "--tokenizer", models["lossless"]) == 0
+
+
+def test_a_folder_that_vanished_while_we_waited_for_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def lock(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:  # the process that held it fails and removes it
+            (tmp_path / "out").rmdir()
+
+    monkeypatch.setattr(shard_io.fcntl, "flock", lock)
+    with shard_io.locked_folder(tmp_path / "out", "--out") as folder:
+        assert folder.is_dir() and len(calls) == 2
+
+
+def test_an_older_demo_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_corpus, "load_demo_corpus", lambda: (english(80), english(4, 1)))
+    arguments = ["demo", "--out", str(tmp_path), "--vocab-size", "400"]
+    assert prepare_data.main(arguments) == 0
+    new, shards = manifest_of(tmp_path), files_in(tmp_path)
+    assert new["val"]["document_bytes"] == [len(text.encode()) for text in english(4, 1)]
+    assert new["tokenizer_sha256"] == shard_io.sha256_file(tmp_path / "tokenizer.model")
+    assert new["format"] > 2  # the format without them
+    del new["tokenizer_sha256"], new["val"]["document_bytes"]
+    (tmp_path / "manifest.json").write_text(json.dumps(new | {"format": 2}))
+    assert prepare_data.main(arguments) == 0
+    assert files_in(tmp_path) == shards
+    capsys.readouterr()
+    assert prepare_data.main(arguments) == 0
+    assert "is there" in capsys.readouterr().out
+
+
+def test_duplicates_are_counted_and_the_sum_is_what_went_in(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    texts = [*english(20), "", "  \n", english(20)[3] + " "]
+    source, val = write_jsonl(tmp_path / "a.jsonl", texts), write_jsonl(tmp_path / "v.jsonl", [english(20)[3], "new", ""])
+    assert run_text(tmp_path / "out", source, "--val", val, "--tokenizer", models["lossless"]) == 0
+    assert manifest_of(tmp_path / "out")["left_out"] == {"empty": 3, "duplicate": 2, "refused": 0}
+    assert everything(tmp_path / "out") == len(texts) + 3
+    assert "left out: 3 empty, 2 duplicate, 0 refused" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- check
@@ -527,7 +1017,9 @@ def test_check_reports_what_it_proved(tmp_path: Path, hard_sets: dict[str, Path]
     assert prepare_data.main(["check", str(hard_sets["normalizing"])]) == 0
     lines = capsys.readouterr().out
     assert f"in each of {len(hard_texts())} validation documents" in lines
-    assert f"the input had {sum(len(text.encode()) for text in hard_texts()):,}; the tokenizer normalizes" in lines
+    true = sum(len(text.encode()) for text in hard_texts())
+    assert f"the text that went in has {true:,} bytes, which the score counts; it differs in " in lines
+    assert "the tokenizer normalizes (nmt_nfkc, extra spaces removed)" in lines
     assert "FineWeb's 50,000 validation documents have 151,080,891 bytes; this is another text" in lines
     assert "151,080,891 bytes, and so has this split" in check_data.fineweb_line(check_data.SplitSize(1, 2, 50_000, 151_080_891))
     assert prepare_data.main(["check", str(tmp_path)]) == 2

@@ -325,6 +325,7 @@ def describe(export, commit, files, dataset):
         "repository": export.repository,
         "commit": commit,
         "tokenizer": os.path.relpath(tokenizer, dataset),
+        "tokenizer_sha256": sha256_file(tokenizer),
         "vocab_size": load_tokenizer(tokenizer)[1].vocab_size(),
         **sizes,
         "files": dict(sorted(hashes.items())),

@@ -13,7 +13,11 @@ import contextlib
 import gzip
 import hashlib
 import lzma
+import math
+import os
+import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,7 +25,7 @@ from typing import NamedTuple
 
 import demo_corpus
 import sentencepiece
-from check_data import check_dataset, report
+from check_data import check_dataset, checked_manifest, refuse_other_tokenizer, report
 from encode_text import (
     ALL_VAL,
     Split,
@@ -32,6 +36,7 @@ from encode_text import (
     tokenizer_sample,
     train_tokenizer,
     usable_cores,
+    without_empty_val,
 )
 from hub_fetch import EXPORTS, FULL_RUN_SHARDS, fetch_export
 from shard_io import (
@@ -49,16 +54,21 @@ from shard_io import (
     write_bytes,
     write_json,
 )
-from text_files import Layout, find_files, read_blocks
+from text_files import Layout, cut_size, file_format, file_identity, find_files, read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_TOKENS = 100_000_000
 PROGRESS_S = 20
 MIN_VOCAB_SIZE = 4 + 256 + 64  # special ids, byte pieces, and some to learn
+VAL_FRACTION = 0.01
+SMALL_VAL_BYTES = 200_000
+# Standard error of bits per byte times the root of the validation text's bytes, between texts: a bigram model on the
+# demo's 813 validation documents gave .0168 at 615,808 bytes.
+VAL_NOISE = 13
 
 # SHA-256 of the demo corpus (its training documents, then its validation documents) with the pinned packages.
 DEMO_SHA256 = "dd0263c6081c0a7738aca8a4b82d463a331aa58a32fb2e23bf7d44ca38593d0d"
-DEMO_FORMAT = 2  # raise it when the demo's files change for the same settings
+DEMO_FORMAT = 3  # raise it when the demo's files change for the same settings
 
 
 # -------------------------------------------------------------------------------------------------- demo
@@ -99,7 +109,9 @@ def write_demo(stage, train, val, vocab_size):
         text = "".join(documents).encode()
         sizes[split] = {"documents": len(documents), "bytes": len(text), "tokens": writer.tokens}
         sizes[split]["sha256"] = hashlib.sha256(text).hexdigest()
+    sizes["val"]["document_bytes"] = [len(document.encode()) for document in val]
     return {
+        "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
         **sizes,
         "gzip_bpb": bits_per_byte(gzip.compress(val_text, 9, mtime=0), val_text),
         "xz_bpb": bits_per_byte(lzma.compress(val_text, preset=9 | lzma.PRESET_EXTREME), val_text),
@@ -139,14 +151,26 @@ class TextJob(NamedTuple):
     tokenizer: Path | None = None  # None: train one with vocab_size pieces
     vocab_size: int | None = None
     also_held_out: tuple = ()  # other validation files: their documents are left out of training too
+    holds_out_one: bool = True  # at least, though no document's hash lies in val_fraction
+
+    @property
+    def layout(self):
+        """How documents lie in the files: a .txt file that is alone is cut, also where it is read as another's part."""
+        options, alone = self.options, [files[0] for files in (self.inputs, self.val_inputs) if len(files) == 1]
+        return Layout(options.field, options.separator, options.bad_documents == "skip", frozenset(map(file_identity, alone)))
 
 
 def text(args):
     """Make a dataset of any text files."""
-    inputs, val_inputs = find_files(args.input, "INPUT"), find_files(args.val, "--val")
+    if args.character_coverage is not None and args.tokenizer:
+        raise UserError(f"--character-coverage {args.character_coverage}: expected with --vocab-size, --tokenizer is trained already")
+    inputs, val_inputs = find_files(args.input, "INPUT", say), find_files(args.val, "--val", say)
     if not inputs and not val_inputs:
         raise UserError("INPUT: no text file given, nor one by --val")
-    make_text_dataset(TextJob(args, args.out, inputs, val_inputs, args.val_fraction, args.tokenizer, args.vocab_size))
+    job = TextJob(args, args.out, inputs, val_inputs, VAL_FRACTION, args.tokenizer, args.vocab_size)
+    if args.val_fraction is not None:
+        job = job._replace(val_fraction=args.val_fraction, holds_out_one=False)
+    make_text_dataset(job)
 
 
 def corpus(args):
@@ -167,22 +191,56 @@ def corpus(args):
 
 def make_text_dataset(job):
     """Encode the job's files into its folder and print a summary."""
-    layout = Layout(job.options.field, job.options.separator)
+    layout = job.layout
+    say_what_is_cut(job, layout)
     val_keys = frozenset(key for key, _ in read_documents([*job.val_inputs, *job.also_held_out], layout))
     split = Split(0.0, val_keys) if job.val_inputs else Split(job.val_fraction)
+    if job.holds_out_one and not job.val_inputs:
+        split = without_empty_val(split, (key for key, _ in read_documents(job.inputs, layout)))
     with locked_folder(job.out, "--out"):
         refuse_foreign_shards(job.out, job.options.overwrite)
         model = choose_tokenizer(job, layout, split)
         started = time.perf_counter()
         with staged_files(job.out) as stage:
             write_bytes(stage / TOKENIZER, model)
-            manifest = {"corpus": "text", "inputs": [path.name for path in job.val_inputs + job.inputs]}
-            manifest |= write_splits(stage, [(job.val_inputs, ALL_VAL), (job.inputs, split)], model, layout, job.options)
+            names = [printable(path.name, "utf-8") for path in job.val_inputs + job.inputs]
+            manifest = {"corpus": "text", "inputs": names, "tokenizer_sha256": hashlib.sha256(model).hexdigest()}
+            parts = [(job.val_inputs, ALL_VAL), (job.inputs, split)]
+            sizes, unknown = write_splits(stage, parts, model, layout, job.options)
+            manifest |= sizes
             refuse_empty_split(job, manifest)
             finish(stage, manifest)
     seconds = time.perf_counter() - started
     megabytes = sum(manifest[split]["bytes"] for split in SPLITS) / 1e6
-    say(f"{size_summary(job.out, manifest)}; {seconds:.1f} s, {megabytes / seconds:.1f} MB/s")
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in manifest["left_out"].items())
+    say(f"{size_summary(job.out, manifest)}; left out: {left_out}; {seconds:.1f} s, {megabytes / seconds:.1f} MB/s")
+    warn_of_unknown_pieces(job, unknown)
+    warn_of_small_val(job, manifest["val"]["bytes"])
+
+
+def say_what_is_cut(job, layout):
+    """A line for each .txt file that is cut into documents though it names no border."""
+    for path in job.val_inputs + job.inputs:
+        if file_format(path) == ".txt" and (size := cut_size(path, layout)):
+            say(f"{path}: no {layout.separator!r} there, so its documents are pieces of {size:,} bytes up to the next blank line")
+
+
+def warn_of_unknown_pieces(job, count):
+    if count:
+        warn(
+            f"--tokenizer {job.tokenizer}: {count:,} unknown pieces: the tokenizer cannot represent the text, and what they "
+            "stand for is lost (expected one with byte fallback); no score on these shards is right, and check refuses them"
+        )
+
+
+def warn_of_small_val(job, size):
+    """A warning if the validation text is too small for scores to compare."""
+    if 0 < size < SMALL_VAL_BYTES:
+        noise = VAL_NOISE / math.sqrt(size)
+        warn(
+            f"{job.out}: {size:,} bytes of validation text: another text as large would score about {noise:.2f} bits per byte "
+            f"higher or lower, by chance; expected {SMALL_VAL_BYTES:,} bytes or more: more text, --val-fraction or --val"
+        )
 
 
 def refuse_empty_split(job, manifest):
@@ -203,12 +261,16 @@ def choose_tokenizer(job, layout, split):
     """The serialized model: the given one, or one trained on a sample of the training documents."""
     if job.tokenizer is not None:
         return load_tokenizer(job.tokenizer)[0]
-    return train_tokenizer(tokenizer_sample(read_documents(job.inputs, layout), split), job.vocab_size)
+    sample = tokenizer_sample(read_documents(job.inputs, layout), split)
+    return train_tokenizer(sample, job.vocab_size, job.options.character_coverage)
 
 
 def write_splits(stage, parts, model, layout, options):
-    """Encode the parts, (files, split rule) each, into the shards of both splits; returns their part of the manifest."""
-    counts, last_line = Counter(), time.monotonic()
+    """Encode the parts, (files, split rule) each, into the shards of both splits.
+
+    Returns their part of the manifest, and the number of unknown pieces.
+    """
+    counts, val_bytes, last_line = Counter(), [], time.monotonic()
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(contextlib.closing(ShardWriter(stage, split, options.shard_tokens)))
@@ -218,6 +280,7 @@ def write_splits(stage, parts, model, layout, options):
             blocks = (block for path in files for block in read_blocks(path, layout))
             for encoded in encode_blocks(blocks, model, layout, rule, options.workers):
                 counts += encoded.counts
+                val_bytes += encoded.val_bytes
                 for split, ids in encoded.ids.items():
                     writers[split].write(ids)
                 if time.monotonic() - last_line > PROGRESS_S:
@@ -227,8 +290,10 @@ def write_splits(stage, parts, model, layout, options):
         split: {"documents": counts[split, "documents"], "bytes": counts[split, "bytes"], "tokens": writer.tokens}
         for split, writer in writers.items()
     }
+    sizes["val"]["document_bytes"] = val_bytes
     vocab_size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
-    return {"vocab_size": vocab_size, **sizes, "left_out": {"empty": counts["empty"], "in_val": counts["in val"]}}
+    left_out = {kind: counts[kind] for kind in ("empty", "duplicate", "refused")}
+    return {"vocab_size": vocab_size, **sizes, "left_out": left_out}, counts["unknown"]
 
 
 # -------------------------------------------------------------------------------------------------- fetch
@@ -250,15 +315,25 @@ def check(args):
     """Prove the dataset in args.folder and print its sizes."""
     if not args.folder.is_dir():
         raise UserError(f"DIR {args.folder}: no such folder")
-    tokenizer = args.tokenizer or args.folder / read_manifest(args.folder).get("tokenizer", TOKENIZER)
-    _, processor = load_tokenizer(tokenizer)
-    sys.path.insert(0, str(ROOT))
-    import train_gpt  # it holds the byte table; it is slow to import
-
-    table = train_gpt.ByteTable.load(str(tokenizer), processor.vocab_size())
+    tokenizer = args.tokenizer or args.folder / str(checked_manifest(args.folder).get("tokenizer", TOKENIZER))
+    model, processor = load_tokenizer(tokenizer)
+    refuse_other_tokenizer(args.folder, tokenizer, model, processor)
+    table = load_byte_table(model, processor.vocab_size())
     sizes = check_dataset(args.folder, processor, table, args.workers)
     for line in report(args.folder, sizes):
         say(line)
+
+
+def load_byte_table(model, vocab_size):
+    """train_gpt.py's table of the bytes of each token."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt  # slow to import
+
+    # by a name that can be opened: SentencePiece takes no path that is not UTF-8
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:
+        file.write(model)
+        file.flush()
+        return train_gpt.ByteTable.load(file.name, vocab_size)
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -290,12 +365,30 @@ def size_summary(out, manifest):
 # -------------------------------------------------------------------------------------------------- command line
 
 
+def printable(text, encoding):
+    """The text as one line, with control characters and what the encoding does not have spelled: file names hold them."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: control[0].encode("unicode_escape").decode(), text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def write_line(stream, line):
+    """A line of output; nobody may be there to read it (`| head -1`), and that ends no work."""
+    if stream is None:
+        return
+    try:
+        print(printable(line, stream.encoding or "utf-8"), file=stream, flush=True)
+    except OSError:
+        # what the stream still holds would fail again when Python ends
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(line):
-    print(line, flush=True)
+    write_line(sys.stdout, line)
 
 
 def note(message):
-    print(f"prepare_data.py: {message}", file=sys.stderr, flush=True)
+    write_line(sys.stderr, f"prepare_data.py: {message}")
 
 
 def warn(message):
@@ -325,6 +418,11 @@ def separator(text):
     """argparse type: a string that is not empty, with \\n for a line break."""
     if not text:
         raise argparse.ArgumentTypeError("expected at least one character")
+    if not text.isascii():
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode()
+            return text.replace("\\n", "\n")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected UTF-8")
     return text.replace("\\n", "\n")
 
 
@@ -332,7 +430,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"prepare_data.py: error: {message}\n")
+        note(f"error: {message}")
+        self.exit(2)
 
 
 def build_parser():
@@ -340,7 +439,7 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands.add_parser("demo", help="a small English corpus out of installed packages, no download"))
     add_fetch(commands.add_parser("fetch", help="the published FineWeb export from the Hugging Face hub"))
-    add_text(commands.add_parser("text", help="shards of any .txt, .jsonl (.gz, .xz, .zst) or .parquet"))
+    add_text(commands.add_parser("text", help="shards of any .txt, .jsonl, .json (.gz, .xz, .zst) or .parquet"))
     add_corpus(commands.add_parser("corpus", help="shards of a corpus folder for each tokenizer in it"))
     add_check(commands.add_parser("check", help="prove a dataset"))
     return parser
@@ -375,10 +474,16 @@ def add_text(command):
         metavar="N",
         help="train a lossless BPE model with this many pieces on the training documents",
     )
+    command.add_argument(
+        "--character-coverage",
+        type=fraction,
+        metavar="F",
+        help="with --vocab-size: the share of the text whose characters become pieces, the rest is spelled in bytes (.9995)",
+    )
     held_out = command.add_mutually_exclusive_group()
     held_out.add_argument("--val", type=Path, nargs="+", default=[], metavar="FILE", help="the validation documents")
     held_out.add_argument(
-        "--val-fraction", type=fraction, default=0.01, metavar="F", help="else: hold out this share, by document hash"
+        "--val-fraction", type=fraction, metavar="F", help="else: hold out this share, by document hash (.01, at least one document)"
     )
     add_encoding(command)
     command.set_defaults(run=text)
@@ -396,6 +501,12 @@ def add_encoding(command):
     layout = Layout()
     command.add_argument("--field", default=layout.field, help="the text in a JSON line or parquet row")
     command.add_argument("--separator", type=separator, default=layout.separator, help="between documents of a .txt")
+    command.add_argument(
+        "--bad-documents",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a document that is none (no JSON, no string, no UTF-8): stop there (default), or leave it out and count it",
+    )
     command.add_argument("--shard-tokens", type=whole_number(1, 2**31 - 1), default=SHARD_TOKENS, metavar="N")
     command.add_argument("--overwrite", action="store_true", help="replace the shards in --out")
     add_workers(command)
@@ -415,7 +526,7 @@ def add_check(command):
 def describe(error):
     """An exception as one line."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split("\n"))
 
 
@@ -432,5 +543,13 @@ def main(argv=None):
     return 0
 
 
+def end(status):
+    """End the process at once: at an ordinary end pyarrow's threads abort one in a hundred that did their work."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # None if it is closed
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -6,10 +6,12 @@ order of their names, read as one stream: a document may begin in one shard and 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +26,8 @@ SPLITS = ("train", "val")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3  # as in the official FineWeb tokenizers
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+# what flock says on file systems without locks (Lustre, some NFS): then two calls on one folder are the user's to avoid
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class UserError(Exception):
@@ -113,23 +117,55 @@ def write_bytes(path, data):
 
 
 def write_json(path, value):
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Write a JSON file: indented, but a list of numbers (there may be millions) on one line."""
+    text = json.dumps(value, indent=1)
+    text = re.sub(r"\[\n([\s\d,]+)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    write_bytes(path, f"{text}\n".encode())
 
 
 @contextlib.contextmanager
 def locked_folder(path, option):
-    """Make the folder and hold it; a second process waits. UserError names the option if it cannot be made."""
-    path = Path(path)
+    """Make the folder and hold it; a second process waits. UserError names the option if it cannot be made.
+
+    If the block raises, the folders that were made for it and hold nothing are removed again.
+    """
+    path, made = Path(path), []
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        handle = _open_and_lock(path, made)
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f"{option} {path}: cannot make the folder: {error.strerror}") from None
-    handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield path
+    except BaseException:
+        _remove_empty(made)  # while it is still locked: a process that waits for it makes it anew
+        raise
     finally:
         os.close(handle)
+
+
+def _open_and_lock(path, made):
+    """A handle that holds the folder; `made` gets the folders that did not exist, the innermost first."""
+    while True:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        made[:] = missing
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        # whoever held it may have removed it, having failed
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        os.close(handle)
+
+
+def _remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something is in it, or it is gone
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -145,6 +181,10 @@ def staged_files(folder):
     try:
         yield stage
         _publish(stage, folder)
+    except OSError as error:  # of a write: the disk is full, and the system names no file
+        if error.filename is not None:
+            raise
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
