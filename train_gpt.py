@@ -577,11 +577,11 @@ def since_launch_s() -> float:
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
-def within_memory(cfg: Config, compute: Callable[[Config], Any]) -> Any:
-    """compute(cfg), on a GPU whose memory is too small for it again with half of MICRO_BATCH_TOKENS."""
+def within_memory(cfg: Config, scoring: Callable[[Config], Any]) -> Any:
+    """scoring(cfg), on a GPU whose memory is too small for it again with half of MICRO_BATCH_TOKENS."""
     while True:
         try:
-            return compute(cfg)
+            return scoring(cfg)
         except torch.OutOfMemoryError:
             if cfg.micro_batch_tokens <= cfg.train_seq_len:
                 raise
@@ -1954,6 +1954,7 @@ def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tens
     """Nats of the last `tail` targets of each window: (B, T), (B, T) -> (B, tail); the head runs on these alone."""
     return model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], temperature.view(1))[0]
 
+@torch.no_grad()
 def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int = 0) -> tuple[float, float]:
     """(nats per token, bits per byte) of the validation split, every target scored once.
 
@@ -2245,13 +2246,16 @@ class SelfCheck:
                 field, arguments = calls.pop()
                 if getattr(ops, field) is not getattr(Ops(), field) or field == "attend" and x.is_cuda:
                     name = next(name for name, fields in KERNELS.items() if field in fields)
-                    self.attempt(name, functools.partial(self.operation, ops, field, arguments))
+                    if name not in self.off:
+                        with self.attempt(name) as errors:
+                            errors.append(self.operation(ops, field, arguments))
             ops = without(ops, self.off.keys())
-            for graph in (self.training_graph, self.score_graph):
-                self.attempt("compile", functools.partial(graph, model, ops, x, compiled))
+            with self.attempt("compile") as errors:
+                errors.append(self.training_graph(model, ops, x, cfg))
+                errors.append(self.score_graph(model, ops, x))
             if "compile" in self.off:  # its own fault, or that of what it compiles?
-                as_it_is = lambda function, *_: function
-                self.attempt("all", functools.partial(self.training_graph, model, ops, x, as_it_is))
+                with self.attempt("all") as errors:
+                    errors.append(self.training_graph(model, ops, x, dataclasses.replace(cfg, compile_mode="none")))
         if "compile" in self.off:
             cfg = dataclasses.replace(cfg, compile_mode="none")
         if lost := KERNELS.keys() & self.off.keys() if "all" not in self.off else KERNELS.keys():
@@ -2270,16 +2274,16 @@ class SelfCheck:
                     raise
                 x = x[: len(x) // 2]
 
-    def attempt(self, name: str, check: Callable[[], float]) -> None:
-        """Runs a check; all processes together switch off what fails on one of them."""
-        if name in self.off:
-            return
-        reason = ""
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[list[float]]:
+        """A check, which lists its errors; all processes together switch off what fails on one of them."""
+        reason, errors = "", [self.errors.get(name, 0.0)]
         if not self.world.is_main:
             self.world.agree(0.0)  # waits, and then finds in the cache what rank 0 has compiled
         try:
             with deadline(DEADLINE_S):
-                self.errors[name] = max(self.errors.get(name, 0.0), check())
+                yield errors
+            self.errors[name] = max(errors)
         except Exception as error:  # whatever a compiler, a driver or a library raises
             reason = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
         if self.world.is_main:
@@ -2311,10 +2315,10 @@ class SelfCheck:
         pairs = itertools.zip_longest(found, expected)
         return max(self.difference(f"{field}, result {i}", *pair) for i, pair in enumerate(pairs))
 
-    def training_graph(self, model: GPT, ops: Ops, x: Tensor, compiler: Callable) -> float:
+    def training_graph(self, model: GPT, ops: Ops, x: Tensor, cfg: Config) -> float:
         """The largest error of a parameter's gradient, of the loss compiled against plain and uncompiled."""
         results, y = [], x.roll(-1, 1)
-        for kind, function in ((ops, compiler(model.parts.loss, self.cfg, self.world)), (Ops(), model.parts.loss)):
+        for kind, function in ((ops, compiled(model.parts.loss, cfg, self.world)), (Ops(), model.parts.loss)):
             with self.attention(kind is ops):
                 loss, _ = function(model.use(kind), x, y, self.cfg.z_loss)
                 gradients = torch.autograd.grad(loss / x.numel(), list(model.parameters()), allow_unused=True)
@@ -2323,11 +2327,11 @@ class SelfCheck:
         depth = 4.0  # errors of the layers add up
         return max(self.difference(name, a, b, depth) for name, a, b in zip(names, *results, strict=True))
 
-    def score_graph(self, model: GPT, ops: Ops, x: Tensor, compiler: Callable) -> float:
+    def score_graph(self, model: GPT, ops: Ops, x: Tensor) -> float:
         """The same of the nats of the last targets of a window."""
         tail, one, results = min(self.cfg.score_stride, x.size(1)), torch.ones((), device=x.device), []
         with torch.no_grad():
-            for kind, function in ((ops, compiler(score_windows, self.cfg, self.world)), (Ops(), score_windows)):
+            for kind, function in ((ops, compiled(score_windows, self.cfg, self.world)), (Ops(), score_windows)):
                 with self.attention(kind is ops):
                     results.append(function(model.use(kind), x, x.roll(-1, 1), tail, one))
         return self.difference("nats of a score", *results)
@@ -2361,29 +2365,36 @@ def draw_zeros(model: nn.Module) -> None:
 
 def first_calls(model: GPT, x: Tensor, tail: int) -> list[tuple[str, list]]:
     """(operation, arguments) of the first call with arguments of these shapes, in a plain training loss and a score."""
-    calls: dict[tuple, tuple[str, list]] = {}
+    calls: dict[tuple, tuple[str, tuple]] = {}
 
     def recording(field: str, function: Callable) -> Callable:
         def call(*arguments: Any) -> Any:
             key = field, *(tuple(a.shape) for a in arguments if isinstance(a, Tensor))
-            own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
-            calls.setdefault(key, (field, own))
+            calls.setdefault(key, (field, arguments))
             return function(*arguments)
 
         return call
 
-    model.use(Ops(*(recording(field, function) for field, function in Ops()._asdict().items())))
+    model.use(Ops()._replace(**{field: recording(field, function) for field, function in Ops()._asdict().items()}))
     y, one = x.roll(-1, 1), torch.ones(1, device=x.device)
     with plain_attention(x.device):
         model.parts.loss(model, x, y, model.cfg.z_loss)
         with torch.no_grad():
             model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], one)
-    return list(calls.values())
+    return [(field, [leaf(a) for a in arguments]) for field, arguments in calls.values()]
+
+def leaf(a: Any) -> Any:
+    """A tensor without its history; where it had one, or is a parameter, gradients are followed from here."""
+    if not isinstance(a, Tensor):
+        return a
+    own = a.detach()
+    own.requires_grad = a.requires_grad
+    return own
 
 def values_and_gradients(function: Callable, arguments: list, differentiate: bool) -> list[Tensor | None]:
     """The function's results, then the gradients of a random combination of them with respect to every argument and
     parameter that has one."""
-    own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
+    own = [leaf(a) for a in arguments]
     wanted = [a for a in own if isinstance(a, Tensor) and a.requires_grad]
     wanted += [p for a in own if isinstance(a, nn.Module) for p in a.parameters()]
     with torch.set_grad_enabled(differentiate and bool(wanted)):
