@@ -52,6 +52,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import defaultdict
@@ -479,6 +480,10 @@ class Clock:
         """Seconds by the host's clock, without waiting for the GPU (the loop keeps it at most one step ahead)."""
         return time.perf_counter() - self._start
 
+    def advance(self, seconds: float) -> None:
+        """As if so much time had gone by."""
+        self._start -= seconds
+
     def finish(self) -> float:
         """Seconds until everything queued so far is done."""
         return self._now() - self._start
@@ -488,6 +493,41 @@ class Clock:
         before = self._now()
         yield
         self._start += self._now() - before
+
+class Stopped(BaseException):
+    """A signal came: the run ends, and what it has half written goes."""
+
+def stop(number: int, frame: Any) -> None:  # noqa: ARG001
+    """Handler of a signal; a second one ends the run at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    raise Stopped(number)
+
+class StopRequest:
+    """Within it, the first of these signals is only noted, so that a step can end; a second one acts as usual."""
+
+    SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+
+    def __init__(self) -> None:
+        self.number, self._before = 0, {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+def exit_code(signal_number: int) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM; 0 after SIGUSR1, by which a queue warns of a time limit."""
+    return 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
 
 class Log:
     """Rank 0's record, LOG_DIR/RUN_ID.txt, and the console. A log that is there is kept under a numbered name; if
@@ -611,15 +651,17 @@ def readable() -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
-def write_whole(path: str | Path, data: bytes, keep: bool = False) -> None:
-    """Write a file whole or not at all: an earlier one survives a full disk or a crash. `keep`: and stays in any case,
-    under a numbered name unless it is the same."""
+def write_whole(path: str | Path, data: bytes | Iterator[bytes], keep: bool = False) -> None:
+    """Write a file, given at once or in parts, whole or not at all: an earlier one survives a full disk or a crash.
+    `keep`: it stays in any case, under a numbered name unless it is the same."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.partial")  # short: the file's own name may be as long as names can be
+    # short: the file's own name may be as long as names can be
+    partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as f:
-            f.write(data)
+            for part in [data] if isinstance(data, bytes) else data:
+                f.write(part)
             f.flush()
             os.fsync(f.fileno())
         with open_folder(path.parent) as folder:
@@ -627,6 +669,8 @@ def write_whole(path: str | Path, data: bytes, keep: bool = False) -> None:
             if keep and path.exists() and path.read_bytes() != data:
                 path.rename(free_name(path))
             os.replace(partial, path)
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(folder)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1410,6 +1454,9 @@ class Hook:
         """What the step shall be, instead of what the schedule says."""
         return stage
 
+    def begin(self, loop: Loop) -> None:
+        """Before the first step; may set the loop to where an earlier run was."""
+
     def before_step(self, progress: float) -> None: ...
 
     def after_gradients(self) -> bool:
@@ -1420,7 +1467,21 @@ class Hook:
         """A line for the log, or nothing."""
         return ""
 
+    def stop(self) -> bool:
+        """A signal asks the run to end; True: with what follows training."""
+        return False
+
     def finish(self) -> None: ...
+
+    def figures(self) -> dict[str, Any]:
+        """For the result line."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What it has beside the settings: numbers, and tensors over all processes."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 class TrainingStep:
     """What a step computes: gradients of all micro-batches, their sum over the processes, the optimizers, the rounding.
@@ -1501,53 +1562,84 @@ def train(model: GPT, cfg: Config, world: World, log: Log, val: ValidationSet) -
     with rounded_once(model):
         return training_loop(model, TrainingStep(model, cfg, world), world, log, val)
 
+class Loop:
+    """Where training stands, besides the step's own state."""
+
+    def __init__(self, cfg: Config, world: World, log: Log) -> None:
+        self.batches, self.report = Batches(TokenStream(cfg, "train"), world), StepReport(cfg, log)
+        self.clock, self.log, self.step, self.progress, self.pending = Clock(world), log, 0, 0.0, []
+
+    def restore(self, header: dict[str, Any]) -> None:
+        """As a checkpoint's header says."""
+        self.step = self.report.step = int(header["step"])
+        self.report.losses = list(header["first_losses"])
+        self.batches.restore(header)
+
+    def read_losses(self, most: int) -> None:
+        """Report the losses that are on their way to the host until `most` are left."""
+        while len(self.pending) > most:
+            self.report(self.pending.pop(0).get(), self.clock.elapsed(), self.progress)
+
 def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
-    cfg, batches = model.cfg, Batches(TokenStream(model.cfg, "train"), world)
+    cfg = model.cfg
     reserve_s = warm_up(model, world, log, take_step)
     budget_s = cfg.max_wallclock_seconds - reserve_s if cfg.max_wallclock_seconds else math.inf
     if budget_s <= 0:
         wanted = f"0 (no cap), or more than the {reserve_s:.2f} s that TEMP_SCALING takes"
         raise UserError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds}: expected {wanted}")
 
-    hooks, report, pending, epoch, late_graphs = take_step.hooks, StepReport(cfg, log), [], 1, 0
+    hooks, epoch, late_graphs = take_step.hooks, 1, 0
     log(f"startup:{1000 * since_launch_s():.0f}ms")
-    clock = Clock(world)
-    for step in itertools.count():
-        # rank 0's clock decides for all, so that every process has the same learning rates and stops at the same step
-        progress = world.agree(max(clock.elapsed() / budget_s, step / cfg.iterations))
-        for hook in hooks:
-            hook.before_step(progress)
-        if progress >= 1 and step:
-            break
-        if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
-            with clock.paused():
-                scores = evaluate(model, val, cfg, world)
-            log(validation_line(cfg, step, scores, clock.elapsed()))
-        if batches.epoch > epoch:
-            epoch = batches.epoch
-            log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
-        stage = schedule(cfg, step, progress)
-        for hook in hooks:
-            stage = hook.stage(stage, step, progress)
-        apply_stage(take_step.optimizers, stage)
-        graphs = graphs_compiled()
-        take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
-        late_graphs += graphs_compiled() - graphs
-        for hook in hooks:
-            if line := hook.after_step(step, progress):
-                log(line)
-        pending.append(Reading(take_step.grads.loss))
-        # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
-        if len(pending) > (world.device.type == "cuda"):
-            report(pending.pop(0).get(), clock.elapsed(), progress)
-    for loss in pending:
-        report(loss.get(), clock.elapsed(), progress)
-    steps_s = world.agree(clock.finish())
+    loop = Loop(cfg, world, log)
+    batches, clock = loop.batches, loop.clock
     for hook in hooks:
+        hook.begin(loop)
+    with StopRequest() as request:
+        for step in itertools.count(loop.step):
+            # rank 0 decides for all, so that every process has the same learning rates and stops at the same step
+            spent = max(clock.elapsed() / budget_s, step / cfg.iterations)
+            progress = world.agree(math.inf if request.number else spent)
+            if progress == math.inf:
+                break
+            for hook in hooks:
+                hook.before_step(progress)
+            if progress >= 1 and step:
+                break
+            if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
+                with clock.paused():
+                    scores = evaluate(model, val, cfg, world)
+                log(validation_line(cfg, step, scores, clock.elapsed()))
+            if batches.epoch > epoch:
+                epoch = batches.epoch
+                log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
+            stage = schedule(cfg, step, progress)
+            for hook in hooks:
+                stage = hook.stage(stage, step, progress)
+            apply_stage(take_step.optimizers, stage)
+            graphs = graphs_compiled()
+            take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
+            late_graphs += graphs_compiled() - graphs
+            loop.step, loop.progress = step + 1, progress
+            loop.pending.append(Reading(take_step.grads.loss))
+            # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
+            loop.read_losses(world.device.type == "cuda")
+            for hook in hooks:
+                if line := hook.after_step(step, progress):
+                    log(line)
+    loop.read_losses(0)
+    if progress == math.inf and not any([hook.stop() for hook in hooks]):
+        raise Stopped(request.number or signal.SIGTERM)
+    return end_training(model, take_step, world, loop) | {"late_graphs": late_graphs, "stopped_by": request.number}
+
+def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) -> dict[str, Any]:
+    """The temperature, and every weight on every process; the run's figures."""
+    cfg, log, step, clock = model.cfg, loop.log, loop.step, loop.clock
+    steps_s = world.agree(clock.finish())
+    for hook in take_step.hooks:
         hook.finish()
-    tokens = batches.state()["position"]
+    tokens = loop.batches.state()["position"]
     if cfg.temp_scaling:
-        x, y = batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
+        x, y = loop.batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
         model.temperature.fill_(calibrate_temperature(model, x, y, world))
     train_time_s = world.agree(clock.finish())
     if step < cfg.iterations:
@@ -1556,8 +1648,9 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     agree = replicas_agree(model, world)
     if not agree:
         log("error: the processes' weights have drifted apart; what is exported is the first one's, and no valid run")
-    return {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "ms_per_step": 1000 * steps_s / step,
-            "late_graphs": late_graphs, "first_losses": report.losses[:20], "replicas_agree": agree}  # fmt: skip
+    figures = dict(part for hook in take_step.hooks for part in hook.figures().items())
+    return figures | {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "replicas_agree": agree,
+                      "ms_per_step": 1000 * steps_s / step, "first_losses": loop.report.losses[:20]}  # fmt: skip
 
 class StepReport:
     """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
@@ -1565,11 +1658,12 @@ class StepReport:
 
     def __init__(self, cfg: Config, log: Log) -> None:
         self._cfg, self._log, self._next_s = cfg, log, 0.0
-        self.losses: list[float] = []
+        self.step, self.losses = 0, []  # the first losses: all of a run that was not resumed
 
     def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
         self.losses.append(loss)
-        cfg, step, ms = self._cfg, len(self.losses), 1000 * elapsed_s
+        self.step += 1
+        cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
         if not math.isfinite(loss):
             rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
             raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
@@ -2242,13 +2336,7 @@ class SelfCheck:
         x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=self.world.device)
         with rounded_once(model):
             x, calls = self.calls(model, x)
-            while calls:
-                field, arguments = calls.pop()
-                if getattr(ops, field) is not getattr(Ops(), field) or field == "attend" and x.is_cuda:
-                    name = next(name for name, fields in KERNELS.items() if field in fields)
-                    if name not in self.off:
-                        with self.attempt(name) as errors:
-                            errors.append(self.operation(ops, field, arguments))
+            self.operations(ops, calls)
             ops = without(ops, self.off.keys())
             with self.attempt("compile") as errors:
                 errors.append(self.training_graph(model, ops, x, cfg))
@@ -2262,6 +2350,16 @@ class SelfCheck:
             cfg = dataclasses.replace(cfg, kernels=",".join(sorted(kernels_wanted(cfg) - lost)) or "off")
         report = {"kernels": self.errors, "kernels_off": self.off}
         return Checked(Ops() if "all" in self.off else ops, cfg, report)
+
+    def operations(self, ops: Ops, calls: list[tuple[str, list]]) -> None:
+        """Compares every call of an operation that is not the plain one; `calls` is used up, for the memory's sake."""
+        while calls:
+            field, arguments = calls.pop()
+            name = next(name for name, fields in KERNELS.items() if field in fields)
+            fast = getattr(ops, field) is not getattr(Ops(), field) or field == "attend" and arguments[0].is_cuda
+            if fast and name not in self.off:
+                with self.attempt(name) as errors:
+                    errors.append(self.operation(ops, field, arguments))
 
     def calls(self, model: GPT, x: Tensor) -> tuple[Tensor, list[tuple[str, list]]]:
         """Every operation with the arguments of its first call for each of their shapes; x, or the part of it that the
@@ -3623,6 +3721,12 @@ class OptionSettings(Settings):
     ema_decay: float = setting(0.995, "of the average", least=0, below=1, of="#641")
     ema_start_fraction: float = setting(0.5, "of the budget, where the average begins", least=0, below=1, of="#641")
 
+    checkpoint_every: str = setting("0", "steps or, as 600s, seconds between two; 0: none", group="Checkpoints")
+    checkpoint_keep: int = setting(2, "newest ones that stay", least=1)
+    checkpoint_dir: str = setting("checkpoints", "their folder")
+    resume: str = setting("", "1: go on from the newest; or the path of one")
+    export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
+
     @property
     def mlp_dim(self) -> int:
         return self.mlp_hidden or self.mlp_mult * self.model_dim
@@ -3686,6 +3790,8 @@ group_width = lambda c: math.gcd(c.model_dim, c.mlp_dim) // (c.bitnet_group_size
 qkv_16 = lambda c: (c.num_kv_heads if c.qkv_split else c.num_heads + 2 * c.num_kv_heads) * c.head_dim % 16 == 0
 
 RULES += [
+    ("checkpoint_every", lambda c: re.fullmatch(r"\d{1,9}|\d{1,9}(\.\d+)?s", c.checkpoint_every),
+     "steps, or seconds as 600s"),
     ("mlp_hidden", lambda c: c.mlp_hidden % 4 == 0, "a multiple of 4"),
     ("recurrence_factor", lambda c: c.num_unique_layers or c.recurrence_factor == 1, "1 with NUM_UNIQUE_LAYERS"),
     ("num_layers", lambda c: c.passes == c.num_layers, "NUM_UNIQUE_LAYERS x RECURRENCE_FACTOR"),
@@ -3794,8 +3900,8 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
     wanted = {Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
-              LossScaling: half, Clipping: cfg.grad_clip_norm, Averaging: cfg.ema,
-              Churn: cfg.churn_log_every}  # fmt: skip
+              LossScaling: half, Clipping: cfg.grad_clip_norm, Averaging: cfg.ema, Churn: cfg.churn_log_every,
+              Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
 def shaped_rate(cfg: Config, step: int, progress: float, left: float) -> float:
@@ -3870,6 +3976,12 @@ class LossScaling(Hook):
         super().__init__(step)
         self.good_steps, step.grads.scale, self._logged = 0, 2.0**16, 2.0**16
 
+    def state(self) -> dict[str, Any]:
+        return {"good_steps": self.good_steps, "scale": self.step.grads.scale, "logged": self._logged}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.good_steps, self.step.grads.scale, self._logged = (state[key] for key in ("good_steps", "scale", "logged"))
+
     def after_gradients(self) -> bool:
         """Divide the step's gradients by the scale; False, on all processes, if one of them is not finite."""
         grads = self.step.grads
@@ -3908,6 +4020,13 @@ class Averaging(Hook):
         self._params = [p for opt in step.optimizers for p in opt.params]
         self._shadow: list[Tensor] = []
 
+    def state(self) -> dict[str, Any]:
+        pairs = zip(self._params, self._shadow, strict=False)
+        return {str(i): all_parts(self.step, p, t) for i, (p, t) in enumerate(pairs)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._shadow = [own_part(self.step, p, state[str(i)]) for i, p in enumerate(self._params) if state]
+
     @torch.no_grad()
     def after_step(self, step: int, progress: float) -> str:  # noqa: ARG002
         if self._shadow:
@@ -3929,6 +4048,12 @@ class Churn(Hook):
         super().__init__(step)
         self._codes = self._ternary_codes()
 
+    def state(self) -> dict[str, Any]:
+        return {str(i): codes for i, codes in enumerate(self._codes)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._codes = [state[str(i)].to(codes.device) for i, codes in enumerate(self._codes)]
+
     def _ternary_codes(self) -> list[Tensor]:
         matrices = [m for m in self.step.model.modules() if isinstance(m, TernaryLinear)]
         return [m.stored(torch.float32).sign().to(torch.int8) for m in matrices]  # scales are positive
@@ -3942,6 +4067,240 @@ class Churn(Hook):
         changed = sum(int((a != b).sum()) for a, b in zip(before, self._codes, strict=True))
         zeros = sum(int((codes == 0).sum()) for codes in self._codes)
         return f"churn:{changed / total:.4f} zero_frac:{zeros / total:.4f} step:{step + 1}/{self.step.cfg.iterations}"
+
+# Checkpoints: everything a run needs to go on, written beside the training and whole or not at all.
+
+CHECKPOINT_MAGIC, CHECKPOINT_VERSION = b"TGCK", 1
+CHECKPOINT_PREFIX = struct.Struct("<4sHI")  # magic, version, bytes of the header; the SHA-256 of all ends the file
+TENSOR_TYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.int8, torch.uint8)}
+
+def all_parts(step: TrainingStep, p: Tensor, t: Tensor) -> Tensor:
+    """State t of a parameter p of an optimizer, over all processes: of a bank's shard that of all its matrices."""
+    bank = next((bank for bank in step.grads.banks if bank.shard is p), None)
+    return step.world.gather(t)[: len(bank.modules)] if bank and t.dim() else t
+
+def own_part(step: TrainingStep, p: Tensor, t: Tensor) -> Tensor:
+    """The other way: what this process holds of it, whatever the number of processes was."""
+    bank = next((bank for bank in step.grads.banks if bank.shard is p), None)
+    if bank is None or not t.dim():
+        return t.to(p.device, copy=True)
+    filled = t.new_zeros(len(bank.latent), *t.shape[1:])
+    filled[: len(t)] = t
+    return filled.chunk(step.world.size)[step.world.rank].to(p.device, copy=True)
+
+def training_state(step: TrainingStep) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, numbers) of weights, optimizers and hooks, over all processes, which must call it together."""
+    step.share_latent()
+    tensors = {f"weight.{name}": p.detach() for name, p in step.model.named_parameters()}
+    for i, opt in enumerate(step.optimizers):
+        for k, p in enumerate(opt.params):
+            tensors |= {f"optimizer.{i}.{k}.{key}": all_parts(step, p, t) for key, t in opt.state[p].items()}
+    numbers = {}
+    for hook in step.hooks:
+        for key, value in hook.state().items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"hook.{type(hook).__name__}.{key}"] = value
+    return tensors, numbers
+
+@torch.no_grad()
+def restore_training(step: TrainingStep, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """As `training_state` was; ArtifactError where a tensor is missing or of another shape."""
+    for name, p in step.model.named_parameters():
+        saved = tensors.get(f"weight.{name}")
+        if saved is None or saved.shape != p.shape:
+            raise ArtifactError(f"weight.{name}: expected the shape {tuple(p.shape)} in the checkpoint")
+        p.copy_(saved)
+    for i, opt in enumerate(step.optimizers):
+        for k, p in enumerate(opt.params):
+            start = f"optimizer.{i}.{k}."
+            opt.state[p] = {key.removeprefix(start): own_part(step, p, t) for key, t in tensors.items()
+                            if key.startswith(start)}  # fmt: skip
+    for hook in step.hooks:
+        start = f"hook.{type(hook).__name__}."
+        hook.restore({key.removeprefix(start): value for key, value in (tensors | numbers).items()
+                      if key.startswith(start)})  # fmt: skip
+    step.publish()
+
+def checkpoint_chunks(header: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[bytes]:
+    """The bytes of a checkpoint: prefix, header (JSON), tensors in its order, SHA-256."""
+    described = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+    text, digest = json.dumps(header | {"tensors": described}).encode(), hashlib.sha256()
+    prefix = CHECKPOINT_PREFIX.pack(CHECKPOINT_MAGIC, CHECKPOINT_VERSION, len(text))
+    data = (t.contiguous().numpy().reshape(-1).view(np.uint8).data for t in tensors.values())
+    for part in itertools.chain((prefix, text), data):
+        digest.update(part)
+        yield part
+    yield digest.digest()
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors); ArtifactError for anything that is not a whole checkpoint. Takes no memory before the header's
+    claims agree with the file's size; nothing in it is executed."""
+    with readable():
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if len(data) < CHECKPOINT_PREFIX.size + 32 or data[:4].tobytes() != CHECKPOINT_MAGIC:
+        raise ArtifactError(f"{path}: not a checkpoint of train_gpt.py")
+    _, version, length = CHECKPOINT_PREFIX.unpack(data[: CHECKPOINT_PREFIX.size].tobytes())
+    if version != CHECKPOINT_VERSION:
+        raise ArtifactError(f"{path}: checkpoint version {version}; this train_gpt.py reads {CHECKPOINT_VERSION}")
+    if hashlib.sha256(data[:-32]).digest() != data[-32:].tobytes():
+        raise ArtifactError(f"{path}: the checkpoint is damaged: its SHA-256 does not match")
+    start = CHECKPOINT_PREFIX.size + length
+    try:
+        header = json.loads(data[CHECKPOINT_PREFIX.size : start].tobytes())
+        plan = [(str(name), TENSOR_TYPES[kind], tuple(map(int, shape))) for name, kind, shape in header["tensors"]]
+        sizes = [math.prod(shape) * kind.itemsize for _, kind, shape in plan]
+        whole = all(size >= 0 for size in sizes) and start + sum(sizes) == len(data) - 32
+        numbers = {key: float(header[key]) for key in ("step", "position", "elapsed_s")}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole, numbers = False, {}
+    if not whole or not all(math.isfinite(n) and n >= 0 for n in numbers.values()):
+        raise ArtifactError(f"{path}: the checkpoint's header is not valid")
+    ends = [start, *(start + end for end in itertools.accumulate(sizes))]
+    return header, {name: torch.from_numpy(data[a:b].copy()).view(kind).view(shape)
+                    for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+
+def data_identity(cfg: Config) -> dict[str, str]:
+    """SHA-256 of what a run must find again: its shards' manifest, or else their names, sizes and beginnings; its
+    tokenizer."""
+    manifest, digest = Path(cfg.data_path) / "manifest.json", hashlib.sha256()
+    for path in [manifest] if manifest.is_file() else sorted(Path(cfg.data_path).glob("fineweb_train_*.bin")):
+        with open(path, "rb") as f:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read(-1 if path == manifest else 2**16))
+    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes())
+    return {"data": digest.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+class Checkpoints(Hook):
+    """CHECKPOINT_EVERY, RESUME and EXPORT_ON_STOP. The training waits for the copy alone; a thread of rank 0 writes."""
+
+    def begin(self, loop: Loop) -> None:
+        cfg = self.step.cfg
+        self.loop, self.folder, self.writer, self.writing = loop, Path(cfg.checkpoint_dir), ThreadPoolExecutor(1), None
+        every = cfg.checkpoint_every
+        self.every_s, self.every = (float(every[:-1]), 0) if every.endswith("s") else (0.0, int(every))
+        self.restarts, self.lost_steps, self.beating = 0, 0, threading.Event()
+        self.lineage = cfg.run_id  # of the run that began it
+        if cfg.resume:
+            self.resume()
+        self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
+        if self.step.world.is_main and self.on:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            threading.Thread(target=self.beat, daemon=True).start()
+
+    @property
+    def on(self) -> bool:
+        return bool(self.every or self.every_s)
+
+    def beat(self) -> None:
+        """Once a second: how far the clock is, for a run that is killed between two checkpoints."""
+        while not self.beating.wait(1):
+            state = {"elapsed_s": self.loop.clock.elapsed(), "step": self.loop.step, "lineage": self.lineage}
+            with contextlib.suppress(OSError):
+                write_whole(self.folder / "heartbeat.json", json.dumps(state).encode())
+
+    def after_step(self, step: int, progress: float) -> str:  # noqa: ARG002
+        due = self.every and self.loop.step - self.saved_step >= self.every
+        if self.every_s:
+            due = self.step.world.agree(self.loop.clock.elapsed() - self.saved_s >= self.every_s)
+        if due:
+            self.save()
+        return ""
+
+    def stop(self) -> bool:
+        """A signal asks the run to end: a checkpoint, then the artifact of what has been trained if it is asked for."""
+        if self.on and self.loop.step:
+            if self.loop.step > self.saved_step:
+                self.save()
+            self.finish()
+        return self.step.cfg.export_on_stop and self.loop.step > 0
+
+    def finish(self) -> None:
+        self.beating.set()
+        if self.writing:
+            self.writing.result()
+
+    def figures(self) -> dict[str, Any]:
+        return {"restarts": self.restarts, "lost_steps": self.lost_steps}
+
+    def save(self) -> None:
+        loop, cfg = self.loop, self.step.cfg
+        loop.read_losses(0)
+        tensors, numbers = training_state(self.step)
+        finite = all(bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("weight."))
+        self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
+        if not self.step.world.is_main:
+            return
+        self.finish_writing()
+        if not finite:
+            loop.log(f"warning: no checkpoint at step:{loop.step}: weights are not finite")
+            return
+        header = {"step": loop.step, **loop.batches.state(), "elapsed_s": self.saved_s, "numbers": numbers,
+                  "first_losses": loop.report.losses[:20], **self.figures(), "lineage": self.lineage,
+                  "same": cfg.model_settings() | data_identity(cfg), "config": dataclasses.asdict(cfg),
+                  "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}  # fmt: skip
+        copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        path = self.folder / f"{cfg.run_id}_{loop.step:08d}.ckpt"
+        self.writing = self.writer.submit(self.write, path, header, copies)
+
+    def finish_writing(self) -> None:
+        if self.writing:
+            self.writing.result()
+
+    def write(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """In the thread. A checkpoint that cannot be written is warned of; the run and the earlier ones stay."""
+        try:
+            write_whole(path, checkpoint_chunks(header, tensors))
+            self.loop.log(f"checkpoint:{path} step:{header['step']}")
+            for old in newest_first(self.folder)[self.step.cfg.checkpoint_keep :]:
+                old.unlink()
+        except OSError as error:
+            self.loop.log(f"warning: checkpoint {path} cannot be written ({error.strerror}); the run goes on")
+
+    def resume(self) -> None:
+        cfg, world, loop = self.step.cfg, self.step.world, self.loop
+        found = find_checkpoint(cfg, loop.log)
+        found_step = int(found[0]["step"]) if found else 0
+        if world.gather(torch.tensor([found_step], device=world.device)).unique().numel() > 1:
+            raise UserError(f"RESUME={cfg.resume!r}: the processes find different checkpoints; expected one disk")
+        if found is None:
+            loop.log(f"RESUME={cfg.resume}: no checkpoint in {self.folder}; the run starts from the beginning")
+            return
+        header, tensors = found
+        for name, value in (cfg.model_settings() | data_identity(cfg)).items():
+            if header["same"].get(name) != value:
+                saved = f"the checkpoint has {header['same'].get(name)}"
+                raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
+        restore_training(self.step, tensors, header["numbers"])
+        loop.restore(header)
+        beat = self.heartbeat(header)
+        elapsed_s = world.agree(max(header["elapsed_s"], beat.get("elapsed_s", 0.0)))
+        loop.clock.advance(elapsed_s)
+        self.restarts, self.lineage = int(header["restarts"]) + 1, header["lineage"]
+        self.lost_steps = int(header["lost_steps"]) + max(0, int(beat.get("step", 0)) - loop.step)
+        loop.log(f"resumed step:{loop.step} elapsed:{1000 * elapsed_s:.0f}ms restarts:{self.restarts} "
+                 f"lost_steps:{self.lost_steps}")  # fmt: skip
+
+    def heartbeat(self, header: dict[str, Any]) -> dict[str, Any]:
+        """Of the run that wrote the checkpoint; {} without."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            beat = json.loads((self.folder / "heartbeat.json").read_bytes())
+            if beat.get("lineage") == header["lineage"]:
+                return {key: float(beat[key]) for key in ("elapsed_s", "step")}
+        return {}
+
+def newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The newest whole one in CHECKPOINT_DIR (RESUME=1), or the one that RESUME names."""
+    if cfg.resume != "1":
+        if not Path(cfg.resume).is_file():
+            raise UserError(f"RESUME={cfg.resume!r}: expected 1 or the path of a checkpoint")
+        return read_checkpoint(Path(cfg.resume))
+    for path in newest_first(Path(cfg.checkpoint_dir)):
+        try:
+            return read_checkpoint(path)
+        except ArtifactError as error:
+            log(f"warning: {error}; the one before is tried")
+    return None
 
 # Optimizers of matrices, by MATRIX_OPTIMIZER.
 
@@ -4404,6 +4763,14 @@ class UntyingOutput(nn.Module):
 
 class Untying(Hook):
     """UNTIE_AT_FRACTION: tied before that progress; at it, the head starts as the tied output is."""
+
+    def state(self) -> dict[str, Any]:
+        return {"untied": self.step.model.output.untied}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for module in self.step.model.modules():
+            if isinstance(module, (UntyingProjection, UntyingOutput)):
+                module.untied = state["untied"]
 
     @torch.no_grad()
     def before_step(self, progress: float) -> None:
@@ -4884,15 +5251,9 @@ def main() -> int:
                "git_commit": git_commit()}  # fmt: skip
     log("result " + json.dumps(result))
     world.close()
+    if stopped_by := result.get("stopped_by", 0):
+        return exit_code(stopped_by)
     return 0 if result.get("replicas_agree", True) else 1
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came: the run ends, and what it has half written goes. A second one ends it at once."""
-
-def stop(number: int, frame: Any) -> None:  # noqa: ARG001
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
-    raise Stopped(number)
 
 def run(arguments: list[str]) -> int:
     """main(), with a user's errors as one line on stderr and exit code 2; others keep their traceback."""
@@ -4927,7 +5288,7 @@ def run_until_stopped(arguments: list[str]) -> int:
         number = reason.args[0]
         if World.speaks():
             print(f"\ntrain_gpt.py: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-        os._exit(128 + number)  # Python itself would end only when its threads have computed all that they have queued
+        os._exit(exit_code(number))  # Python itself would end only when its threads have computed all they have queued
 
 if __name__ == "__main__":
     sys.exit(run_until_stopped(sys.argv[1:]))
