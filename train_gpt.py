@@ -674,12 +674,12 @@ def write_whole(path: str | Path, data: bytes | Iterator[bytes], keep: bool = Fa
     finally:
         partial.unlink(missing_ok=True)
 
-def check_writable(path: str) -> None:
-    """UserError unless the artifact can be written there: known before training, not after it."""
+def check_writable(path: str, name: str = "ARTIFACT_PATH") -> None:
+    """UserError unless a file can be written there: known before training, not after it."""
     target = Path(path)
     try:
         if not target.name or target.is_dir():
-            raise UserError(f"ARTIFACT_PATH={path!r}: expected the name of a file")
+            raise UserError(f"{name}={path!r}: expected the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -688,7 +688,7 @@ def check_writable(path: str) -> None:
         if folder.st_mode & stat.S_ISVTX and owners and os.geteuid() not in (0, *owners):
             raise PermissionError(errno.EPERM, "a file of another user, in a folder where only its owner replaces it")
     except OSError as error:
-        raise UserError(f"ARTIFACT_PATH={path!r}: expected a file that can be written ({error.strerror})") from None
+        raise UserError(f"{name}={path!r}: expected a file that can be written ({error.strerror})") from None
 
 def check_room(path: str, needed: int) -> None:
     """UserError if the disk has not so many bytes left for the artifact."""
@@ -718,7 +718,8 @@ class TokenStream:
     """All shards of a split as one array of tokens, read by position; ids are checked where they are read."""
 
     def __init__(self, cfg: Config, split: str) -> None:
-        self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
+        with readable():
+            self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
         if not self.paths:
             raise UserError(f"DATA_PATH={cfg.data_path!r}: no fineweb_{split}_*.bin there; see docs/data.md")
         with readable():
@@ -1889,7 +1890,9 @@ def load_tokenizer(path: str) -> Any:
     """A SentencePieceProcessor; UserError unless the file is a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
-    if not Path(path).is_file():
+    with readable():
+        found = Path(path).is_file()
+    if not found:
         raise UserError(f"TOKENIZER_PATH={path!r}: no such file; expected a SentencePiece model")
     try:
         return SentencePieceProcessor(model_file=path)
@@ -1931,10 +1934,8 @@ class ByteTable(NamedTuple):
 def read_manifest(data_path: str) -> dict[str, Any]:
     """What tools/prepare_data.py noted beside the shards; {} where there is no manifest.json. UserError if damaged."""
     path = Path(data_path) / "manifest.json"
-    if not path.is_file():
-        return {}
     with readable():
-        text = path.read_bytes()
+        text = path.read_bytes() if path.is_file() else b"{}"
     try:
         manifest = json.loads(text)
     except ValueError as error:
@@ -4182,7 +4183,7 @@ class Checkpoints(Hook):
             self.resume()
         self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
         if self.step.world.is_main and self.on:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check_writable(str(self.folder / "heartbeat.json"), "CHECKPOINT_DIR")
             threading.Thread(target=self.beat, daemon=True).start()
 
     @property
@@ -4292,7 +4293,9 @@ def newest_first(folder: Path) -> list[Path]:
 def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The newest whole one in CHECKPOINT_DIR (RESUME=1), or the one that RESUME names."""
     if cfg.resume != "1":
-        if not Path(cfg.resume).is_file():
+        with readable():
+            found = Path(cfg.resume).is_file()
+        if not found:
             raise UserError(f"RESUME={cfg.resume!r}: expected 1 or the path of a checkpoint")
         return read_checkpoint(Path(cfg.resume))
     for path in newest_first(Path(cfg.checkpoint_dir)):
@@ -5201,10 +5204,10 @@ def artifact_config(cfg: Config, artifact_cfg: Config, said: Collection[str] = (
 def read_artifact(cfg: Config, said: Sources) -> tuple[bytes, Config]:
     """EVAL_ONLY: the artifact's bytes, and the config with its model settings."""
     path = Path(cfg.artifact_path)
-    if not path.is_file():
-        raise UserError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
     with readable():
-        blob = path.read_bytes()
+        blob = path.read_bytes() if path.is_file() else None
+    if blob is None:
+        raise UserError(f"ARTIFACT_PATH={cfg.artifact_path!r}: no such file; EVAL_ONLY=1 needs an artifact")
     return blob, artifact_config(cfg, read_container(blob).cfg, said.user)
 
 def fit_vocabulary(cfg: Config, said: Sources) -> tuple[Config, Sources]:

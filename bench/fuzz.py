@@ -13,7 +13,6 @@ document too few or too many is a failure; a case depends on seed and number alo
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -44,6 +43,7 @@ import encode_text  # noqa: E402
 import prepare_data  # noqa: E402
 import sentencepiece  # noqa: E402
 import shard_io  # noqa: E402
+from command_line import OneLineParser  # noqa: E402
 
 HANG_S = 120  # for one call
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which".split()
@@ -542,7 +542,7 @@ def run_cases(fuzzer: Any, seed: int, numbers: Iterator[int], seconds: float) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(__doc__.split("\n")[0])
     parser.add_argument("what", choices=("data", "settings"))
     parser.add_argument("--seconds", type=float, default=60, help="cases begin within this time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

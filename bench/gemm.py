@@ -29,7 +29,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
 
-from arms import read_preset  # noqa: E402
+from arms import BadArguments, read_preset  # noqa: E402
 from command_line import OneLineParser, run_command  # noqa: E402
 
 
@@ -257,4 +257,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, t.UserError))
+    sys.exit(run_command(main, t.UserError, BadArguments))

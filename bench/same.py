@@ -257,6 +257,7 @@ CODECS = "ans base3 bitmask 2bit int8 base3_zstd bitmask_zstd 2bit_zstd int8_zst
 # Figures of a result that are times or name the code and the run
 NOT_COMPARED = """
     run_id train_time_s ms_per_step export_time_s eval_time_s code_bytes total_bytes code_sha256 git_commit
+    log_path artifact_path peak_memory_bytes kernels kernels_off attention
     first_losses artifact_sha256 artifact_bytes stream_bytes codec""".split()
 EVALUATED = """val_tokens val_bytes stride roundtrip_val_loss roundtrip_val_bpb sliding_val_loss sliding_val_bpb
     temperature""".split()

@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from arms import read_preset
+from arms import BadArguments, read_preset
 from kernel_groups import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -503,4 +503,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, BadArguments))

@@ -192,6 +192,8 @@ BROKEN = [
     ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS=100: expected a multiple of TRAIN_SEQ_LEN=32"),
     ({"sliding_eval_stride": 33}, "SLIDING_EVAL_STRIDE=33: expected at most TRAIN_SEQ_LEN=32"),
     ({"yarn_max_len": 16}, "YARN_MAX_LEN=16: expected at least TRAIN_SEQ_LEN=32"),
+    ({"kernels": "qkv"}, "KERNELS='qkv': expected auto, off or some of matmul,norm,qk,attention,mlp,loss,score"),
+    ({"checkpoint_every": "10m"}, "CHECKPOINT_EVERY='10m': expected steps, or seconds as 600s"),
     ({"mlp_hidden": 102, "scale_group": "row"}, "MLP_HIDDEN=102: expected a multiple of 4"),
     ({"recurrence_factor": 2}, "RECURRENCE_FACTOR=2: expected 1 with NUM_UNIQUE_LAYERS=0"),
     ({"num_unique_layers": 2, "recurrence_factor": 3}, "NUM_LAYERS=3: expected NUM_UNIQUE_LAYERS=2 x RECURRENCE_FACTOR=3"),
