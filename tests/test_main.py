@@ -364,6 +364,13 @@ def test_a_file_that_cannot_be_read_is_named(name, data_dir, tmp_path, run_here,
     assert code == 2 and err == f"train_gpt.py: {tmp_path / name}: cannot be read (Permission denied)\n"
 
 
+@pytest.mark.parametrize("name", ["data_path", "tokenizer_path", "artifact_path", "log_dir", "checkpoint_dir", "resume"])
+def test_a_path_that_the_system_refuses_is_one_line(name, data_dir, run_here):
+    """Found by bench/fuzz.py: a name longer than names may be."""
+    code, _, err = run_here(environment(data_dir, checkpoint_every=5) | {name.upper(): "9" * 5000})
+    assert code == 2 and err.count("\n") == 1 and "File name too long" in err
+
+
 def test_processes_that_drift_apart_cost_the_verdict_not_the_model(data_dir, tmp_path):
     """One process changes its weights behind the others' back: the first one's are exported and scored, marked, and the exit code says it."""
     script = tmp_path / "drift.py"
