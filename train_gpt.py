@@ -1573,7 +1573,7 @@ class Loop:
     def restore(self, header: dict[str, Any]) -> None:
         """As a checkpoint's header says."""
         self.step = self.report.step = int(header["step"])
-        self.report.losses = list(header["first_losses"])
+        self.report.first_losses = list(header["first_losses"])
         self.batches.restore(header)
 
     def read_losses(self, most: int) -> None:
@@ -1651,7 +1651,7 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
         log("error: the processes' weights have drifted apart; what is exported is the first one's, and no valid run")
     figures = dict(part for hook in take_step.hooks for part in hook.figures().items())
     return figures | {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "replicas_agree": agree,
-                      "ms_per_step": 1000 * steps_s / step, "first_losses": loop.report.losses[:20]}  # fmt: skip
+                      "ms_per_step": 1000 * steps_s / step, "first_losses": loop.report.first_losses}  # fmt: skip
 
 class StepReport:
     """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
@@ -1659,11 +1659,12 @@ class StepReport:
 
     def __init__(self, cfg: Config, log: Log) -> None:
         self._cfg, self._log, self._next_s = cfg, log, 0.0
-        self.step, self.losses = 0, []  # the first losses: all of a run that was not resumed
+        self.step, self.first_losses = 0, []
 
     def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
-        self.losses.append(loss)
         self.step += 1
+        if self.step <= 20:
+            self.first_losses.append(loss)
         cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
         if not math.isfinite(loss):
             rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
@@ -2285,6 +2286,7 @@ def checked_ops(cfg: Config, world: World, log: Log) -> Checked:
         passed = passed_before(cfg, world)
         if world.agree(passed.is_file()):
             log(f"self_check: passed before ({passed})")
+            checked = checked._replace(report=json.loads(passed.read_bytes()) if world.is_main else {})
         else:
             checked = SelfCheck(cfg, world, log).run(ops)
             errors = " ".join(f"{name}:{error:.1e}" for name, error in checked.report["kernels"].items())
@@ -2303,9 +2305,8 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
     """What computes attention; of PyTorch's own, which of them."""
     name = {"flash": "FlashAttention-3", "block_attend": "blocks"}.get(ops.attend.__name__, "PyTorch SDPA")
     if device.type == "cuda" and name == "PyTorch SDPA":
-        size = 1, cfg.num_heads, cfg.train_seq_len, cfg.head_dim
-        q, k = (torch.empty(size[0], n, *size[2:], dtype=compute_dtype(cfg.precision, device), device=device)
-                for n in (cfg.num_heads, cfg.num_kv_heads))  # fmt: skip
+        like = torch.empty(0, dtype=compute_dtype(cfg.precision, device), device=device)
+        q, k = (like.new_empty(1, n, cfg.train_seq_len, cfg.head_dim) for n in (cfg.num_heads, cfg.num_kv_heads))
         # the question is no public one
         with contextlib.suppress(Exception), attention_backends(device, kernels_wanted(cfg)):
             choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=cfg.num_heads != cfg.num_kv_heads)
@@ -2315,10 +2316,17 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
 def passed_before(cfg: Config, world: World) -> Path:
     """The file that says that this code has passed with these settings, on this kind of device, with these versions."""
     device = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else platform.machine()
-    versions = torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), getattr(triton, "__version__", "")
+    versions = torch.__version__, torch.version.cuda, cudnn_version(), getattr(triton, "__version__", "")
     settings = cfg.model_settings(), cfg.kernels, cfg.precision, cfg.compile_mode, cfg.score_stride
     key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions
     return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
+
+def cudnn_version() -> str:
+    """Of the library that is there; where it is not the one that PyTorch was built with, what PyTorch says of it."""
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # attention runs on another one
+        return str(error)
 
 class SelfCheck:
     """Compares the fast operations with the plain ones, on a model of the run's shapes with drawn weights."""
@@ -2349,8 +2357,7 @@ class SelfCheck:
             cfg = dataclasses.replace(cfg, compile_mode="none")
         if lost := KERNELS.keys() & self.off.keys() if "all" not in self.off else KERNELS.keys():
             cfg = dataclasses.replace(cfg, kernels=",".join(sorted(kernels_wanted(cfg) - lost)) or "off")
-        report = {"kernels": self.errors, "kernels_off": self.off}
-        return Checked(Ops() if "all" in self.off else ops, cfg, report)
+        return Checked(Ops() if "all" in self.off else ops, cfg, {"kernels": self.errors, "kernels_off": self.off})
 
     def operations(self, ops: Ops, calls: list[tuple[str, list]]) -> None:
         """Compares every call of an operation that is not the plain one; `calls` is used up, for the memory's sake."""
@@ -2387,8 +2394,7 @@ class SelfCheck:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
         if self.world.is_main:
             self.world.agree(0.0)
-        failed = self.world.sum_(torch.tensor(float(bool(reason)), device=self.world.device)).item()
-        if not failed:
+        if not self.world.sum_(torch.tensor(float(bool(reason)), device=self.world.device)).item():
             return
         self.off[name] = reason or "it failed on another process"
         self.errors.pop(name, None)
@@ -2422,9 +2428,8 @@ class SelfCheck:
                 loss, _ = function(model.use(kind), x, y, self.cfg.z_loss)
                 gradients = torch.autograd.grad(loss / x.numel(), list(model.parameters()), allow_unused=True)
             results.append([loss.detach(), *gradients])
-        names = ["loss", *(name for name, _ in model.named_parameters())]
-        depth = 4.0  # errors of the layers add up
-        return max(self.difference(name, a, b, depth) for name, a, b in zip(names, *results, strict=True))
+        named = zip(["loss", *(name for name, _ in model.named_parameters())], *results, strict=True)
+        return max(self.difference(name, a, b, times=4) for name, a, b in named)  # errors of the layers add up
 
     def score_graph(self, model: GPT, ops: Ops, x: Tensor) -> float:
         """The same of the nats of the last targets of a window."""
@@ -2444,9 +2449,9 @@ class SelfCheck:
         a, b = found.detach().float(), expected.detach().float()
         square = b.square().sum(dtype=torch.float64)
         if not square:
-            if a.any():
-                raise Differs(f"{what} is not 0")
-            return 0.0
+            if not a.any():
+                return 0.0
+            raise Differs(f"{what} is not 0")
         factor = ((a * b).sum(dtype=torch.float64) / square).item()
         error = ((a - b).square().sum(dtype=torch.float64) / square).sqrt().item()
         if not abs(factor - 1) <= times * self.bound.factor:
@@ -2534,17 +2539,14 @@ def fit_micro_batch(cfg: Config, world: World) -> Config:
     """On a GPU: the largest MICRO_BATCH_TOKENS of 65,536, 32,768, ... that should fit into 4/5 of the free memory."""
     if world.device.type != "cuda":
         return cfg
+    with torch.device("meta"):
+        params, _ = count_parameters(GPT(cfg))
     free = torch.tensor([torch.cuda.mem_get_info(world.device)[0]], device=world.device)
-    room = 0.8 * min(world.gather(free).tolist()) - 20 * rough_params(cfg)  # weights, gradients and moments in float32
+    room = 0.8 * min(world.gather(free).tolist()) - 20 * params  # weights, gradients and moments in float32
     tokens = cfg.micro_batch_tokens
     while tokens > cfg.train_seq_len and tokens * bytes_per_token(cfg, world.device) > room:
         tokens //= 2
     return dataclasses.replace(cfg, micro_batch_tokens=max(tokens, cfg.train_seq_len))
-
-def rough_params(cfg: Config) -> int:
-    matrices = 3 if cfg.activation == "swiglu" else 2
-    block = cfg.model_dim * (2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + matrices * cfg.mlp_dim)
-    return cfg.num_layers * block + (cfg.embed_dim or cfg.model_dim) * (cfg.vocab_size + 2 * cfg.model_dim)
 
 def bytes_per_token(cfg: Config, device: torch.device) -> int:
     """What the forward pass of training keeps for the backward pass, roughly: compiled, a block's input, qkv, heads and
@@ -2609,7 +2611,7 @@ def flash_attention_3(cfg: Config) -> Callable | None:
         return None
     try:
         from flash_attn_interface import flash_attn_func
-    except ImportError:  # PyTorch's own attention runs
+    except Exception:  # it is not there, or one of its own libraries is not; PyTorch's attention runs
         return None
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -4179,6 +4181,7 @@ class Checkpoints(Hook):
         self.every_s, self.every = (float(every[:-1]), 0) if every.endswith("s") else (0.0, int(every))
         self.restarts, self.lost_steps, self.beating = 0, 0, threading.Event()
         self.lineage = cfg.run_id  # of the run that began it
+        self.same = cfg.model_settings() | data_identity(cfg)
         if cfg.resume:
             self.resume()
         self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
@@ -4215,8 +4218,7 @@ class Checkpoints(Hook):
 
     def finish(self) -> None:
         self.beating.set()
-        if self.writing:
-            self.writing.result()
+        self.finish_writing()
 
     def figures(self) -> dict[str, Any]:
         return {"restarts": self.restarts, "lost_steps": self.lost_steps}
@@ -4225,17 +4227,13 @@ class Checkpoints(Hook):
         loop, cfg = self.loop, self.step.cfg
         loop.read_losses(0)
         tensors, numbers = training_state(self.step)
-        finite = all(bool(t.isfinite().all()) for name, t in tensors.items() if name.startswith("weight."))
         self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
         if not self.step.world.is_main:
             return
         self.finish_writing()
-        if not finite:
-            loop.log(f"warning: no checkpoint at step:{loop.step}: weights are not finite")
-            return
         header = {"step": loop.step, **loop.batches.state(), "elapsed_s": self.saved_s, "numbers": numbers,
-                  "first_losses": loop.report.losses[:20], **self.figures(), "lineage": self.lineage,
-                  "same": cfg.model_settings() | data_identity(cfg), "config": dataclasses.asdict(cfg),
+                  "first_losses": loop.report.first_losses, **self.figures(), "lineage": self.lineage,
+                  "same": self.same, "config": dataclasses.asdict(cfg),
                   "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}  # fmt: skip
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         path = self.folder / f"{cfg.run_id}_{loop.step:08d}.ckpt"
@@ -4246,7 +4244,10 @@ class Checkpoints(Hook):
             self.writing.result()
 
     def write(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """In the thread. A checkpoint that cannot be written is warned of; the run and the earlier ones stay."""
+        """In the thread. What cannot be written, or is not finite, is warned of; the run and the earlier ones stay."""
+        if not all(t.isfinite().all() for name, t in tensors.items() if name.startswith("weight.")):
+            self.loop.log(f"warning: no checkpoint at step:{header['step']}: weights are not finite")
+            return
         try:
             write_whole(path, checkpoint_chunks(header, tensors))
             self.loop.log(f"checkpoint:{path} step:{header['step']}")
@@ -4265,7 +4266,7 @@ class Checkpoints(Hook):
             loop.log(f"RESUME={cfg.resume}: no checkpoint in {self.folder}; the run starts from the beginning")
             return
         header, tensors = found
-        for name, value in (cfg.model_settings() | data_identity(cfg)).items():
+        for name, value in self.same.items():
             if header["same"].get(name) != value:
                 saved = f"the checkpoint has {header['same'].get(name)}"
                 raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
@@ -4298,7 +4299,9 @@ def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[st
         if not found:
             raise UserError(f"RESUME={cfg.resume!r}: expected 1 or the path of a checkpoint")
         return read_checkpoint(Path(cfg.resume))
-    for path in newest_first(Path(cfg.checkpoint_dir)):
+    with readable():
+        paths = newest_first(Path(cfg.checkpoint_dir))
+    for path in paths:
         try:
             return read_checkpoint(path)
         except ArtifactError as error:
@@ -5167,7 +5170,7 @@ class Config(OptionSettings):
     """Every setting: NUM_LAYERS=12 in the environment sets num_layers."""
 
 def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: ValidationSet) -> tuple[bytes, dict[str, Any]]:
-    """Train, score the model as it is, and turn it into bytes; the trained model ends here."""
+    """Train, turn the model into bytes, and score it as it is; the trained model ends here."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg).to(world.device).use(ops)
     micro_batches, _ = batch_layout(cfg, world.size)
@@ -5180,17 +5183,17 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
     except torch.OutOfMemoryError as error:
         too_much = f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}: too much for the memory of {gpu_name(world)}"
         raise UserError(f"{too_much}; expected fewer ({str(error).splitlines()[0]})") from None
+    clock, blob, path = Clock(world), b"", cfg.artifact_path
+    if world.is_main:  # first of all: whatever a score runs into, the model is saved
+        blob = save_artifact(model, cfg)
+        path = save_bytes(blob, cfg, log)
+    blob = world.share_bytes(blob)
+    run["export_time_s"] = clock.finish()
     with rounded_once(model):
         scores = evaluate(model, val, cfg, world)
     run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
     log(f"{validation_line(cfg, run['steps'], scores, run['train_time_s'])} zero_frac:{run['zero_frac']:.3f}")
-    clock = Clock(world)
-    blob, path = b"", cfg.artifact_path
-    if world.is_main:
-        blob = save_artifact(model, cfg)
-        path = save_bytes(blob, cfg, log)
-    blob = world.share_bytes(blob)
-    return blob, run | log_artifact(blob, path, model, log) | {"export_time_s": clock.finish()}
+    return blob, run | log_artifact(blob, path, model, log)
 
 def artifact_config(cfg: Config, artifact_cfg: Config, said: Collection[str] = ()) -> Config:
     """The environment's config with the artifact's model settings; UserError where the user said another one."""

@@ -371,6 +371,20 @@ def test_a_path_that_the_system_refuses_is_one_line(name, data_dir, run_here):
     assert code == 2 and err.count("\n") == 1 and "File name too long" in err
 
 
+def test_a_score_that_fails_costs_the_score_and_not_the_model(data_dir, tmp_path, run_here, monkeypatch):
+    """As a compiler may fail at a shape that it has not met before."""
+    def fails(*_):
+        raise TypeError("list indices must be integers")
+
+    monkeypatch.setattr(train_gpt, "evaluate", fails)
+    with pytest.raises(TypeError, match="list indices"):
+        run_here(environment(data_dir, iterations=2))
+    monkeypatch.undo()
+    blob = (tmp_path / "final_model.ternary.ptz").read_bytes()
+    code, out, _ = run_here(environment(data_dir, eval_only=1, sliding_eval=0))
+    assert code == 0 and result_of(out)["artifact_sha256"] == hashlib.sha256(blob).hexdigest()
+
+
 def test_processes_that_drift_apart_cost_the_verdict_not_the_model(data_dir, tmp_path):
     """One process changes its weights behind the others' back: the first one's are exported and scored, marked, and the exit code says it."""
     script = tmp_path / "drift.py"

@@ -791,17 +791,12 @@ def checkout(tmp_path_factory):
 
 
 COMMANDS = [path for part in ("*.sh", "*.py", "tools/*.sh", "tools/*.py", "bench/*.sh", "bench/*.py", ".ci/run") for path in sorted(ROOT.glob(part))]
-MODULES = {"common.sh", "command_line.py", "hub_fetch.py", "kernel_groups.py"}
+MODULES = {"common.sh", "kernel_groups.py"} | {f"{name}.py" for name in "command_line hub_fetch check_data demo_corpus encode_text shard_io text_files run_logs".split()}
 PASS_ON = {"run_tests.sh", "run"}  # their arguments are pytest's
-# Other people's files at the moment: take a name out when it does.
-NO_HELP_YET = {"run_8xh100.sh", "check_data.py", "demo_corpus.py", "encode_text.py", "run_logs.py", "shard_io.py", "text_files.py"}
-NO_LINE_YET = NO_HELP_YET | {"artifact.py", "compliance.py", "pack_code.py", "plot_logs.py"}
 
 
-def commands(yet, left_out=frozenset()):
-    wanted = [path for path in COMMANDS if path.name not in left_out]
-    marks = {name: pytest.mark.xfail(reason="not yet", strict=False) for name in yet}
-    return [pytest.param(path.relative_to(ROOT), marks=marks.get(path.name, ()), id=path.name) for path in wanted]
+def commands(left_out=frozenset()):
+    return [pytest.param(path.relative_to(ROOT), id=path.name) for path in COMMANDS if path.name not in left_out]
 
 
 def start(checkout, command, argument):
@@ -814,7 +809,7 @@ def start(checkout, command, argument):
     return done
 
 
-@pytest.mark.parametrize("command", commands(NO_HELP_YET))
+@pytest.mark.parametrize("command", commands())
 def test_every_file_answers_h(checkout, command):
     """Commands with their usage; modules by saying what they are modules of."""
     done = start(checkout, command, "-h")
@@ -825,7 +820,7 @@ def test_every_file_answers_h(checkout, command):
         assert re.search(r"is a module of" if command.name in MODULES else rf"{command.name}|run_tests.sh|NAME=value", done.stdout)
 
 
-@pytest.mark.parametrize("command", commands(NO_LINE_YET, PASS_ON))
+@pytest.mark.parametrize("command", commands(PASS_ON))
 def test_every_file_refuses_what_it_does_not_know_in_one_line(checkout, command):
     done = start(checkout, command, "--no-such-thing")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr

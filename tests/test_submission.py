@@ -986,7 +986,7 @@ def test_a_tool_answers_help_and_refuses_what_it_does_not_know(path, tmp_path):
     helped, refused = start("-h"), start("--no-such-option", "x")
     if path.name == "run_logs.py":
         assert helped.returncode == 0 and "run_logs.py is a module of tools/compliance.py" in helped.stdout and not helped.stderr
-        assert "it is not a command" in refused.stderr
+        assert "tools/compliance.py, not a command" in refused.stderr
     else:
         assert helped.returncode == 0 and helped.stdout.startswith(f"usage: {path.name} ") and not helped.stderr
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1

@@ -309,3 +309,9 @@ def fineweb_line(val):
     if (val.documents, val.text_bytes) == (FINEWEB_VAL_DOCUMENTS, FINEWEB_VAL_BYTES):
         return f"{expected}, and so has this split"
     return f"{expected}; this is another text: its bits per byte do not compare with the leaderboard's"
+
+
+if __name__ == "__main__":
+    from command_line import not_a_command
+
+    not_a_command("tools/prepare_data.py")

@@ -8,8 +8,8 @@ from pathlib import Path
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that shows a file's docstring as its help and refuses in one line."""
 
-    def __init__(self, doc, **options):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, doc=None, **options):
+        super().__init__(**{"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

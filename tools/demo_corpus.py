@@ -165,3 +165,9 @@ def as_documents(modules):
 def shuffled(documents):
     """A fixed random order (by SHA-256): a short run sees all three packages, and a step holds unrelated texts."""
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+if __name__ == "__main__":
+    from command_line import not_a_command
+
+    not_a_command("tools/prepare_data.py")

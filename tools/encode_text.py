@@ -437,3 +437,9 @@ def usable_cores():
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    from command_line import not_a_command
+
+    not_a_command("tools/prepare_data.py")

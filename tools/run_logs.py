@@ -4,7 +4,7 @@ For compliance.py and make_submission.py; this file is no command. A log begins 
 `config {json}` line and, at its end, a `result {json}` line hold the settings and the figures.
 """
 
-import argparse
+import functools
 import json
 import math
 import os
@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 from shard_io import UserError
 
 BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
@@ -173,14 +174,8 @@ def scored_by(runs):
 # -------------------------------------------------------------------------------------------------- the tools' own
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose options have one spelling."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# whose options have one spelling
+OneLineParser = functools.partial(command_line.OneLineParser, allow_abbrev=False)
 
 
 def start(main):
@@ -200,9 +195,4 @@ def start(main):
 
 
 if __name__ == "__main__":
-    users = "tools/compliance.py and tools/make_submission.py: see their --help"
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(f"run_logs.py is a module of {users}")
-        sys.exit(0)
-    print(f"run_logs.py: error: it is not a command but a module of {users}", file=sys.stderr)
-    sys.exit(2)
+    command_line.not_a_command("tools/compliance.py")

@@ -215,3 +215,9 @@ def sha256_file(path):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from command_line import not_a_command
+
+    not_a_command("tools/prepare_data.py")

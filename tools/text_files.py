@@ -440,3 +440,9 @@ def _checked(text, place):
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+if __name__ == "__main__":
+    from command_line import not_a_command
+
+    not_a_command("tools/prepare_data.py")
