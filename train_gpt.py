@@ -2315,10 +2315,17 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
 def passed_before(cfg: Config, world: World) -> Path:
     """The file that says that this code has passed with these settings, on this kind of device, with these versions."""
     device = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else platform.machine()
-    versions = torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), getattr(triton, "__version__", "")
+    versions = torch.__version__, torch.version.cuda, cudnn_version(), getattr(triton, "__version__", "")
     settings = cfg.model_settings(), cfg.kernels, cfg.precision, cfg.compile_mode, cfg.score_stride
     key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions
     return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
+
+def cudnn_version() -> str:
+    """Of the library that is there; where it is not the one that PyTorch was built with, what PyTorch says of it."""
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # attention runs on another one
+        return str(error)
 
 class SelfCheck:
     """Compares the fast operations with the plain ones, on a model of the run's shapes with drawn weights."""
