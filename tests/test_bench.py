@@ -320,7 +320,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     report = done.stdout.rsplit("==== stage | part | outcome\n", 1)[1].splitlines()
     outcome = {tuple(line.split(" | ")[:2]): line.split(" | ")[2] for line in report}
     bad = {key: text for key, text in outcome.items() if not text.startswith("ok, ")}
-    assert done.returncode == 1 and len(outcome) == 15, done.stderr
+    assert done.returncode == 1 and len(outcome) == 16, done.stderr
     assert [text.split(" after")[0] for text in bad.values()] == [
         "FAILED: code 3",
         "FAILED: code 9",
@@ -335,7 +335,9 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     assert ["--seconds 30 --only pr640|" in call for call in full] == [True, False]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["eval.txt", "figures.jsonl", "kernels.txt", "logs.txt", "parity.txt", "step.txt", "systems.txt", "train.txt"]
-    figures = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["name"], r["outcome"]) for r in records] == [tuple(line.split(" | ")) for line in report]
+    figures = [r for r in records if "figures" in r]
     assert [f["name"] for f in figures] == ["default", "pr640", "fast", "startup", "communication", "levers", "evaluation"]
     assert "import this" not in (tmp_path / "out" / "logs.txt").read_text()
     assert "pr640_seed42.txt\npython:3.12" in (tmp_path / "out" / "logs.txt").read_text()
@@ -343,7 +345,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     wrong = subprocess.run(
         ["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
-    assert wrong.returncode == 2 and "steps: expected parity step" in wrong.stderr
+    assert wrong.returncode == 2 and "steps: expected first alone, parity step" in wrong.stderr
 
 
 # -------------------------------------------------------------------------------------------------- bench/artifact.py
