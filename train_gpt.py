@@ -2616,7 +2616,7 @@ def flash_attention_3(cfg: Config) -> Callable | None:
         return None
     try:
         from flash_attn_interface import flash_attn_func
-    except ImportError:  # PyTorch's own attention runs
+    except Exception:  # it is not there, or one of its own libraries is not; PyTorch's attention runs
         return None
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

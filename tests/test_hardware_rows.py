@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +122,19 @@ def test_flash_attention_runs_where_it_is_installed_and_can(gpu, monkeypatch):
     sizes = {"num_heads": 16}, {"model_dim": 1056}, {"diff_attn": 1, "num_heads": 8}  # heads of 4, 264, and 8 in two halves
     for major, settings in ((10, {}), (8, {}), (9, {"precision": "fp32"}), *((9, size) for size in sizes)):
         assert fast_ops(tiny_config(**settings), gpu(major)).attend is train_gpt.attend, settings
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("libcudart.so.12: cannot open"), RuntimeError("built for another torch"),
+                                   AttributeError("'_OpNamespace' has no 'fwd'")], ids=lambda e: type(e).__name__)  # fmt: skip
+def test_a_flash_attention_that_cannot_be_imported_is_none(gpu, monkeypatch, error):
+    """Whatever its extension raises, PyTorch's attention runs."""
+
+    class Broken(ModuleType):
+        def __getattr__(self, name):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", Broken("flash_attn_interface"))
+    assert fast_ops(tiny_config(), gpu(9)).attend is train_gpt.attend
 
 
 # ------------------------------------------------------------------------------------------------ loss
