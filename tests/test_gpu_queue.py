@@ -186,7 +186,7 @@ def test_the_rehearsed_program_is_this_one_but_for_the_verdicts_on_values(tmp_pa
     """Every edit fits, and what comes of them is a program whose self-check still sees shapes and what is missing."""
     folder = rehearse_gpu.copy_project(tmp_path / "project", "FAULT = 1\n")
     source = (folder / "train_gpt.py").read_text()
-    assert len(rehearse_gpu.EDITS) == 3 and source != (ROOT / "train_gpt.py").read_text()
+    assert len(rehearse_gpu.EDITS) == 4 and source != (ROOT / "train_gpt.py").read_text()
     names = {"__name__": "rehearsed", "__file__": str(folder / "train_gpt.py")}
     module = type(sys)("rehearsed")
     module.__dict__.update(names)

@@ -27,6 +27,8 @@ EDITS = [
     ("        a, b = found.detach().float(), expected.detach().float()\n",
      '        if found.shape != expected.shape:\n            raise Differs(f"{what} has the shape {tuple(found.shape)}")\n        return 0.0\n'),
     ("if not max(errors) < 0.05:", "if len(errors) != len(expected):"),
+    # the allocator that makes one of the other is left out here
+    ("            except torch.cuda.OutOfMemoryError:\n", "            except torch.AcceleratorError:\n"),
     ("nats, targets = world.sum_(totals).tolist()", "nats, targets = world.sum_(totals).tolist()[0], val.num_targets"),
 ]  # fmt: skip
 
@@ -51,6 +53,8 @@ class Fault(NamedTuple):
     attention: str = "PyTorch SDPA"  # what the attention's name begins with
 
 
+# Triton takes an assembler that says its version, else its own
+PTXAS = "#!/bin/sh\n[ \"$1\" = --version ] && echo 'Cuda compilation tools, release 13.0, V13.0.88' && exit\necho 'ptxas fatal' >&2\nexit 255\n"
 FLASH = "def flash_attn_func(q, k, v, causal, window_size):\n    "
 FAULTS = {
     "a kernel that raises": Fault({"loss"}, "def fused_loss(*_):\n    raise RuntimeError('no kernel image is available for execution on the device')\n"),
@@ -157,7 +161,7 @@ class Rehearsal:
         if fault.flash:
             (project / "flash_attn_interface.py").write_text(fault.flash)
         if not fault.ptxas:
-            (project / "ptxas").write_text("#!/bin/sh\necho 'ptxas fatal : injected' >&2\nexit 255\n")
+            (project / "ptxas").write_text(PTXAS)
             (project / "ptxas").chmod(0o755)
             settings |= {"TRITON_PTXAS_PATH": str(project / "ptxas")} | {cache: str(project / cache) for cache in self.caches}
         result = self.train(project, name, settings)
