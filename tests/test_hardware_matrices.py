@@ -10,7 +10,7 @@ import gemm
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, gpu_ops, launch, tiny_config, tiny_model
+from conftest import ROOT, TINY, gpu_ops, launch, tiny_model
 
 import train_gpt
 from train_gpt import (
@@ -137,10 +137,21 @@ def test_what_eight_bits_cannot_hold_is_refused(setting, value):
         Config.from_env(TINY | {"ACT_QUANT": "fp8", setting: value} | extra)
 
 
-def test_an_old_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(UserError, match="ACT_QUANT='fp8'.*8.9"):
-        train_gpt.fp8_rounding(tiny_config(), torch.device("cuda"))
+def test_a_gpu_without_eight_bits_multiplies_the_same_operands(monkeypatch):
+    """Forward and gradients of a layer against torch._scaled_mm; in bfloat16 both are rounded once, so they are the same numbers."""
+    for precision in ("bf16", "fp32"):
+        found = []
+        for scaled in (True, False):
+            monkeypatch.setattr(train_gpt, "multiplies_eight_bits", lambda _, scaled=scaled: scaled)
+            layer = tiny_model(act_quant="fp8", precision=precision).blocks[0].mlp.up
+            dtype = train_gpt.compute_dtype(precision, torch.device("cpu"))
+            torch.manual_seed(0)
+            x, g = rms_norm(torch.randn(40, 64)).to(dtype).requires_grad_(), torch.randn(40, 128).to(dtype) / layer.scales[1]
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y, (x, layer.weight), g)])
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype and a.any()
+            torch.testing.assert_close(a, b, rtol=2**-7 if precision == "bf16" else 1e-5, atol=1e-6 * a.abs().max().item())
 
 
 # ---- the fused MLP

@@ -87,7 +87,7 @@ def test_what_a_cpu_computes_with(settings, expected):
     (9, {}, FOLDED | FUSED),
     (10, {}, FOLDED | FUSED),
     (8, {}, FOLDED),
-    (9, {"precision": "fp32"}, FOLDED),
+    (9, {"precision": "fp32"}, FOLDED | {"attend": "unshared_attend"}),
     (9, {"precision": "fp16"}, STORED | FUSED),  # whose 65504 might not hold a product before its norm
     (9, {"vocab_size": 16_384}, FOLDED | FUSED),
     (9, {"vocab_size": 16_385}, FOLDED | KERNELS),  # a row of logits in a program's registers
@@ -101,7 +101,7 @@ def test_what_a_gpu_computes_with(gpu, monkeypatch, major, settings, expected):
     assert exchanged(cfg, device) == expected
     train_gpt.kernels_run.cache_clear()
     monkeypatch.setattr(train_gpt, "triton", None)
-    assert exchanged(cfg, device) == {name: f for name, f in expected.items() if name in STORED}
+    assert exchanged(cfg, device) == {name: f for name, f in expected.items() if name in (*STORED, "attend")}
 
 
 def test_flash_attention_runs_where_it_is_installed_and_can(gpu, monkeypatch):
@@ -121,7 +121,7 @@ def test_flash_attention_runs_where_it_is_installed_and_can(gpu, monkeypatch):
     assert calls == [{"causal": True, "window_size": (-1, -1)}, {"causal": True, "window_size": (7, 0)}]
     sizes = {"num_heads": 16}, {"model_dim": 1056}, {"diff_attn": 1, "num_heads": 8}  # heads of 4, 264, and 8 in two halves
     for major, settings in ((10, {}), (8, {}), (9, {"precision": "fp32"}), *((9, size) for size in sizes)):
-        assert fast_ops(tiny_config(**settings), gpu(major)).attend is train_gpt.attend, settings
+        assert fast_ops(tiny_config(**settings), gpu(major)).attend in (train_gpt.attend, train_gpt.unshared_attend), settings
 
 
 @pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("libcudart.so.12: cannot open"), RuntimeError("built for another torch"),
