@@ -358,12 +358,17 @@ def test_options_train_through_kernels_as_without():
 
 
 def test_kernels_enter_a_compiled_graph_whole():
-    """Static shapes, one graph, as on a GPU; the same gradients as without a graph."""
-    model = with_kernels(tiny_model(num_layers=2).to(DEVICE))
+    """Static shapes, one graph, as on a GPU; the same gradients as without a graph, and as plain operations have them. On a GPU the
+    graph is Inductor's."""
+    model = tiny_model(num_layers=2, precision="fp32").to(DEVICE)
     x = torch.randint(320, (2, 32), device=DEVICE)
-    compiled = torch.compile(training_loss, backend="aot_eager", fullgraph=True, dynamic=False)
-    for ours, theirs in zip(*(gradients(function, model, x, x) for function in (compiled, training_loss)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    plain = [t.double() for t in gradients(training_loss, model.use(Ops()), x, x)]
+    compiled = torch.compile(training_loss, backend="aot_eager" if DEVICE == "cpu" else "inductor", fullgraph=True, dynamic=False)
+    found = [gradients(function, with_kernels(model), x, x) for function in (compiled, training_loss)]
+    for ours in found:
+        assert max(errors := relative_errors(ours, plain)) < (1e-4 if DEVICE == "cpu" else 2e-2), errors
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1.3e-6 if DEVICE == "cpu" else 2e-2, atol=1e-5)
 
 
 def counted(monkeypatch, *names):
