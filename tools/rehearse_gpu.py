@@ -8,6 +8,7 @@ It works on a copy in OUT (data/rehearsal) in which EDITS are made. A name that 
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,26 @@ class Rehearsal:
         if off.keys() != fault.off or not result["attention"].startswith(fault.attention):
             raise Failed(f"switched off: {off or 'nothing'}; attention: {result['attention']}; expected {sorted(fault.off) or 'nothing'}")
         return "; ".join(f"{operation} off: {reason}" for operation, reason in off.items()) or f"attention: {result['attention']}"
+
+
+    def first(self) -> None:
+        self.attempt("gpu_queue.sh first", self.queue)
+
+    def queue(self) -> str:
+        """bench/gpu_queue.sh first, short, each part with ten times the time; its output lies in first/out."""
+        project, data = copy_project(self.folder / "first"), make_shards(self.folder, 8192)
+        environment = {name: os.environ[name] for name in os.environ if name.startswith(("PYTHON", "LD_", "TRITON", "TORCH", "OMP"))}
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+        (project / "python").write_text(f'#!/bin/sh\n{exports}exec {shlex.quote(sys.executable)} -S "$@"\n')
+        (project / "python").chmod(0o755)
+        paths = {name: os.path.relpath(path, project) for name, path in data.items()}
+        settings = SMALL | paths | {"PYTHON": "./python", "OUT": "out", "LIMIT_S": "5400", "TRAIN_SECONDS": "5"}
+        with (self.folder / "first.txt").open("w") as said:
+            done = subprocess.run(["bash", "bench/gpu_queue.sh", "first"], cwd=project, stdout=said, stderr=subprocess.STDOUT,
+                                  env=os.environ | settings, check=False)  # fmt: skip
+        if done.returncode:
+            raise Failed(f"code {done.returncode}: see first.txt")
+        return "every part ended well"
 
 
 def clean(result: dict) -> str:
