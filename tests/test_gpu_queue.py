@@ -216,6 +216,16 @@ def test_each_fault_names_what_there_is():
             assert hasattr(train_gpt, replaced), name
 
 
+@pytest.mark.parametrize("part, well", [
+    ({"outcome": "ok, 3 s", "result": {"steps": 1}}, True), ({"outcome": "ok, 3 s"}, False),
+    ({"outcome": "FAILED: code 3 after 3 s", "figures": {"failed": {"profile of this checkout": "no kernel"}}}, True),
+    ({"outcome": "FAILED: code 3 after 3 s", "figures": {"failed": {}}}, False),
+    ({"outcome": "FAILED: ended after 3 s", "result": {"steps": 1}}, False), ({"outcome": "not run: LIMIT_S=540 is used up"}, False),
+])  # fmt: skip
+def test_a_part_of_the_rehearsed_queue_has_to_leave_its_figures(part, well):
+    assert rehearse_gpu.well({"name": "step default"} | part) is well
+
+
 @pytest.mark.parametrize("arguments, said", [
     ([], "0 arguments: expected RIG [MODE]"), (["."], "RIG=.: expected a folder with site/, stub/ and python"),
     (["rig", "fast"], "MODE=fast: expected runs, graphs, faults, first or all"),
