@@ -134,3 +134,15 @@ def test_the_eight_bit_model_of_a_card_without_them_is_the_same(card, monkeypatc
     assert asked and not any(asked)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     assert (found - expected).abs().mean() < 1e-3
+
+
+def test_another_cudnn_than_pytorch_was_built_with_is_no_end(monkeypatch):
+    """PyTorch raises when it is asked for the version; what has passed the self-check with it is kept apart."""
+    world, cfg = World(), tiny_config()
+    own = train_gpt.passed_before(cfg, world)
+
+    def version():
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 19, 0) but found runtime version (9, 1, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert train_gpt.passed_before(cfg, world) != own

@@ -284,8 +284,8 @@ def test_layouts_of_queries_and_keys_do_not_matter():
 # ------------------------------------------------------------------------------------------------ the compiler
 
 HOPPER = """
-import json, torch, hopper, train_gpt
-hopper.start()
+import json, sys, torch, hopper, train_gpt
+hopper.start(int(sys.argv[1]))
 halves = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
 targets, angles, gain = torch.zeros(16, dtype=torch.long), torch.zeros(1024, 1, 48), torch.zeros(8)
 train_gpt.loss_and_gradients(halves(16, 256), halves(8192, 256), torch.zeros(8192), targets, 10.0, 1e-4, True)
@@ -298,14 +298,15 @@ print(json.dumps({kernel.name: counts(kernel) | {"spilled_bytes": kernel.spilled
 """
 
 
-def test_kernels_compile_for_a_hopper_gpu(tmp_path):
+@pytest.mark.parametrize(("capability", "most"), [(90, 16), (100, 16), (120, 64)])
+def test_kernels_compile_for_a_gpu(capability, most, tmp_path):
     """The interpreter takes what the compiler does not. The default model's shapes, without a GPU: a thread's values
     stay in registers, but for a few bytes; reads are 16 bytes wide; the loss kernel fetches rows ahead."""
-    done = launch({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER], timeout=240)
+    done = launch({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path)}, tmp_path, argv=["-c", HOPPER, str(capability)], timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {"loss_kernel", "qk_kernel", "qk_backward_kernel"}
-    assert all(kernel["spilled_bytes"] <= 16 and kernel["wide"] for kernel in found.values()), found
+    assert all(kernel["spilled_bytes"] <= most and kernel["wide"] for kernel in found.values()), found
     assert found["loss_kernel"]["asynchronous"], found
 
 
