@@ -208,6 +208,27 @@ def test_an_edit_that_no_longer_fits_is_said(monkeypatch):
         rehearse_gpu.edited("x = 1\n")
 
 
+@pytest.mark.parametrize("changed", [rehearse_gpu.UNCOMPILED, rehearse_gpu.FEWER])
+def test_every_preset_is_rehearsed_with_settings_that_are_taken(changed, tmp_path, monkeypatch):
+    """As it is, and with two layers."""
+    asked, rehearsal = {}, rehearse_gpu.Rehearsal(tmp_path, set())
+    answer = {"kernels": [], "kernels_off": {}, "late_graphs": 0, "attention": ""}
+    monkeypatch.setattr(rehearse_gpu, "copy_project", lambda to: to)
+    monkeypatch.setattr(rehearsal, "train", lambda _, name, settings: asked.update({name: settings}) or answer)
+    rehearsal.runs(**changed)
+    assert rehearsal.failures == 0 and asked.keys() == {"default", *(path.stem for path in (ROOT / "configs").glob("*.env"))}
+    for settings in asked.values():
+        cfg = train_gpt.Config.from_env(settings)
+        assert (cfg.compile_mode == "none") is ("COMPILE_MODE" in changed) and (cfg.num_layers == 2 or "NUM_LAYERS" not in changed)
+        train_gpt.batch_layout(cfg, 1)
+
+
+def test_what_is_off_or_compiled_late_fails_a_run():
+    for wrong in ({"kernels_off": {"mlp": "why"}}, {"late_graphs": 2}):
+        with pytest.raises(rehearse_gpu.Failed):
+            rehearse_gpu.clean({"kernels": [], "kernels_off": {}, "late_graphs": 0, "attention": ""} | wrong)
+
+
 def test_each_fault_names_what_there_is():
     """Operations of the table, or the graph; the functions that are replaced exist."""
     for name, fault in rehearse_gpu.FAULTS.items():

@@ -35,7 +35,8 @@ EDITS = [
 
 SHORT = {"ITERATIONS": "3", "WARMUP_STEPS": "2", "MAX_WALLCLOCK_SECONDS": "0", "VAL_MAX_TOKENS": "4096", "SLIDING_EVAL_STRIDE": "64"}
 UNCOMPILED = {"COMPILE_MODE": "none"}
-FEWER = {"NUM_LAYERS": "2", "NUM_UNIQUE_LAYERS": "0", "TRAIN_BATCH_TOKENS": "16384"}  # kernels depend on the widths
+FEWER = {"NUM_LAYERS": "2", "TRAIN_BATCH_TOKENS": "16384"}  # kernels depend on the widths
+RECURRENT = {"NUM_UNIQUE_LAYERS": "1", "RECURRENCE_FACTOR": "2"}  # of that depth
 SMALL = {"NUM_LAYERS": "1", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "512"}
 
 
@@ -143,9 +144,8 @@ class Rehearsal:
         """The default and every preset: nothing may be switched off, nothing compiled once the clock runs."""
         project = copy_project(self.folder / "project")
         for name, preset in self.presets.items():
-            settings = preset | SHORT | changed
-            if "COMPILE_MODE" not in changed and "NUM_UNIQUE_LAYERS" not in preset:
-                settings.pop("NUM_UNIQUE_LAYERS")
+            recurrent = RECURRENT if "NUM_LAYERS" in changed and "NUM_UNIQUE_LAYERS" in preset else {}
+            settings = preset | SHORT | changed | recurrent
             self.attempt(name, lambda name=name, settings=settings: clean(self.train(project, name, settings)))
 
     def graphs(self) -> None:
