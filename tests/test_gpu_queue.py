@@ -216,7 +216,7 @@ def test_every_preset_is_rehearsed_with_settings_that_are_taken(changed, tmp_pat
     monkeypatch.setattr(rehearse_gpu, "copy_project", lambda to: to)
     monkeypatch.setattr(rehearsal, "train", lambda _, name, settings: asked.update({name: settings}) or answer)
     rehearsal.runs(**changed)
-    assert rehearsal.failures == 0 and asked.keys() == {"default", *(path.stem for path in (ROOT / "configs").glob("*.env"))}
+    assert rehearsal.failures == 0 and asked.keys() == {"default", *(f"{name}={value}" for name, value in rehearse_gpu.PRECISIONS), *(path.stem for path in (ROOT / "configs").glob("*.env"))}
     for settings in asked.values():
         cfg = train_gpt.Config.from_env(settings)
         assert (cfg.compile_mode == "none") is ("COMPILE_MODE" in changed) and (cfg.num_layers == 2 or "NUM_LAYERS" not in changed)

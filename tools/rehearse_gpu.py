@@ -8,6 +8,7 @@ It works on a copy in OUT (data/rehearsal) in which EDITS are made. A name that 
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,8 @@ UNCOMPILED = {"COMPILE_MODE": "none"}
 FEWER = {"NUM_LAYERS": "2", "TRAIN_BATCH_TOKENS": "16384"}  # kernels depend on the widths
 RECURRENT = {"NUM_UNIQUE_LAYERS": "1", "RECURRENCE_FACTOR": "2"}  # of that depth
 SMALL = {"NUM_LAYERS": "1", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "512"}
+# What a GPU computes otherwise than a preset asks for: in 8 bits with kernels of its own, with other attention, with loss scaling
+PRECISIONS = [("ACT_QUANT", "fp8"), ("PRECISION", "fp32"), ("PRECISION", "fp16")]
 
 
 class Failed(Exception):
@@ -111,7 +114,8 @@ class Rehearsal:
     def __init__(self, folder: Path, only: set[str]) -> None:
         self.folder, self.only, self.failures = folder, only, 0
         self.caches = {name: str(folder / "cache" / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        self.presets = {"default": {}} | {path.stem: read_preset(path) for path in sorted((ROOT / "configs").glob("*.env"))}
+        self.presets = {"default": {}} | {f"{name}={value}": {name: value} for name, value in PRECISIONS}
+        self.presets |= {path.stem: read_preset(path) for path in sorted((ROOT / "configs").glob("*.env"))}
 
     def attempt(self, name: str, work) -> None:
         """`work()` says what it found, or raises Failed; a line of either."""
@@ -127,7 +131,7 @@ class Rehearsal:
     def train(self, project: Path, name: str, settings: dict[str, str], path: str = "") -> dict:
         """The result line of a run, which is to end with 0; what it prints goes to a file."""
         data = make_shards(self.folder, int(settings.get("VOCAB_SIZE", 8192)))
-        run = {"RUN_ID": name.replace(" ", "_"), "ARTIFACT_PATH": str(self.folder / "model.ptz"), "LOG_DIR": str(self.folder / "logs")}
+        run = {"RUN_ID": re.sub(r"[ =]", "_", name), "ARTIFACT_PATH": str(self.folder / "model.ptz"), "LOG_DIR": str(self.folder / "logs")}
         python = {"PYTHONPATH": f"{path}:{os.environ['PYTHONPATH']}" if path else os.environ["PYTHONPATH"]}
         said = self.folder / f"{run['RUN_ID']}.txt"
         for passed in (self.folder / "data" / "compile_cache").glob("passed_*.json"):
@@ -141,7 +145,7 @@ class Rehearsal:
         return json.loads(lines[-1].removeprefix("result "))
 
     def runs(self, **changed: str) -> None:
-        """The default and every preset: nothing may be switched off, nothing compiled once the clock runs."""
+        """The default, in other precisions too, and every preset: nothing may be switched off, nothing compiled once the clock runs."""
         project = copy_project(self.folder / "project")
         for name, preset in self.presets.items():
             recurrent = RECURRENT if "NUM_LAYERS" in changed and "NUM_UNIQUE_LAYERS" in preset else {}
