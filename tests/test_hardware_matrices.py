@@ -463,7 +463,7 @@ train_gpt.TUNED.clear()
 train_gpt.relu2_product(x8, up8, scales, x.dtype)
 train_gpt.relu2_gradient(x.to(torch.float8_e5m2), up8, h, rows, rows, scales)
 wgmma = "wgmma.mma_async.sync.aligned.m64n128k([0-9]+).f32.([.a-z0-9]+)"
-print(json.dumps([[kernel.name, sorted(set(re.findall(wgmma, kernel.ptx))), "cp.async.bulk.tensor" in kernel.ptx, *kernel[2:]]
+print(json.dumps([[kernel.name, sorted(set(re.findall(wgmma, kernel.ptx))), "cp.async.bulk.tensor" in kernel.ptx, kernel.shared_bytes, kernel.spilled_bytes]
                   for kernel in hopper.compiled]))
 """
 
