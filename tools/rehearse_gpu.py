@@ -114,7 +114,8 @@ class Rehearsal:
     def __init__(self, folder: Path, only: set[str]) -> None:
         self.folder, self.only, self.failures = folder, only, 0
         self.caches = {name: str(folder / "cache" / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        self.presets = {"default": {}} | {f"{name}={value}": {name: value} for name, value in PRECISIONS}
+        short = {"TRAIN_BATCH_TOKENS": "65536"}  # one micro-batch
+        self.presets = {"default": {}} | {f"{name}={value}": {name: value} | short for name, value in PRECISIONS}
         self.presets |= {path.stem: read_preset(path) for path in sorted((ROOT / "configs").glob("*.env"))}
 
     def attempt(self, name: str, work) -> None:
