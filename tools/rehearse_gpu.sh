@@ -3,8 +3,8 @@
 #
 #   bash tools/rehearse_gpu.sh RIG [MODE]
 #
-#   runs      train_gpt.py from start to end, uncompiled, hand-written kernels launched: the default and each preset    5 min
-#   graphs    the same, compiled by Inductor, with two layers and shorter batches: the default and the presets         40 min
+#   runs      train_gpt.py from start to end, uncompiled, hand-written kernels launched: the default and each preset   20 min
+#   graphs    the same, compiled by Inductor, with two layers and one micro-batch: the default and the presets         20 min
 #   faults    a kernel that raises, one that cannot be launched, compilers that fail, broken attention libraries:
 #             the run goes on to its result, with what is at fault switched off and named                               5 min
 #   first     bench/gpu_queue.sh first, with one layer                                                                 15 min
@@ -12,7 +12,7 @@
 #
 # RIG is a folder with a CUDA build of PyTorch and Triton over libraries that pose as an idle H100: `site` (packages),
 # `stub` (the libraries) and `python` (a file that names the interpreter). What a run prints goes to data/rehearsal (OUT),
-# a line for each to the terminal; the exit code is 1 if one of them did not end as it should. ONLY="default pr640": these.
+# a line for each to the terminal; the exit code is 1 if one of them did not end as it should. ONLY="default pr640": these; "a_kernel_that_raises": that fault.
 #
 # The program that runs is a copy in which the verdicts on values are replaced, since no kernel writes a value: see EDITS in
 # tools/rehearse_gpu.py. Values are the tests' business, and the GPU's. Minutes: one core of two.
