@@ -2238,7 +2238,9 @@ def device_ops(cfg: Config, device: torch.device) -> Ops:
         )  # fmt: skip
         chunks = plain_logits(cfg) and cfg.softcap_type == "poly"
         return ops._replace(loss=chunked_loss, nats=chunked_nats) if chunks else ops
-    ops = ops._replace(attend=flash_attention_3(cfg) or attend)
+    # PyTorch's attention in slices takes 16 bits and compute capability 8 for keys that several query heads share
+    shares = dtype.itemsize == 2 and (bool(torch.version.hip) or capability(device) >= (8, 0))
+    ops = ops._replace(attend=flash_attention_3(cfg) or (attend if shares else unshared_attend))
     if dtype != torch.float16:  # whose 65504 might not hold a product before its norm
         ops = ops._replace(normed_matmul=NormedMatmul.apply)
     return kernel_ops(cfg, ops) if kernels_run(device, dtype) else ops
@@ -2306,10 +2308,11 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
     name = {"flash": "FlashAttention-3", "block_attend": "blocks"}.get(ops.attend.__name__, "PyTorch SDPA")
     if device.type == "cuda" and name == "PyTorch SDPA":
         like = torch.empty(0, dtype=compute_dtype(cfg.precision, device), device=device)
-        q, k = (like.new_empty(1, n, cfg.train_seq_len, cfg.head_dim) for n in (cfg.num_heads, cfg.num_kv_heads))
+        kv_heads = cfg.num_heads if ops.attend is unshared_attend else cfg.num_kv_heads
+        q, k = (like.new_empty(1, n, cfg.train_seq_len, cfg.head_dim) for n in (cfg.num_heads, kv_heads))
         # the question is no public one
         with contextlib.suppress(Exception), attention_backends(device, kernels_wanted(cfg)):
-            choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=cfg.num_heads != cfg.num_kv_heads)
+            choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=q.size(1) != k.size(1))
             name += f" {('math', 'FlashAttention-2', 'memory-efficient', 'cuDNN')[choice]}"
     return name
 
@@ -2585,7 +2588,12 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
     return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
 
 def compiles(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and (bool(torch.version.hip) or capability(device) >= (8, 9))
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, else (0, 0): under ROCm the numbers are AMD's, whose 9 is no Hopper."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
 
 def graphs_compiled() -> int:
     """Graphs that torch.compile has made so far: none should be added once the clock runs."""
@@ -2606,7 +2614,7 @@ def keep_freed_memory() -> None:
 
 def flash_attention_3(cfg: Config) -> Callable | None:
     """FlashAttention-3's function where it can run: installed, on a Hopper GPU, in 16 bits, for its head sizes."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    hopper = torch.cuda.is_available() and capability(torch.device("cuda"))[0] == 9
     if not (hopper and cfg.precision != "fp32" and (cfg.head_dim >> cfg.diff_attn) % 8 == 0 and cfg.head_dim <= 256):
         return None
     try:
@@ -2621,10 +2629,14 @@ def flash_attention_3(cfg: Config) -> Callable | None:
     window = cfg.attention_window - 1, 0 if cfg.attention_window else -1
     return flash
 
+def unshared_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attend` with the keys and values of each query head, where PyTorch would hold all scores of shared ones."""
+    k, v = (t.repeat_interleave(q.size(2) // t.size(2), 2) for t in (k, v))
+    return attend(q, k, v, mask)
+
 def attention_backends(device: torch.device, kernels: Collection[str] = ("attention",)) -> AbstractContextManager:
     """cuDNN's attention first on Hopper, where PyTorch takes the slower FlashAttention-2; elsewhere its choice."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if not hopper or "attention" not in kernels:
+    if capability(device)[0] != 9 or "attention" not in kernels:
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -2643,8 +2655,7 @@ jit = triton.jit if triton else lambda function: function
 @functools.cache
 def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels run: 16 bits on Hopper or newer."""
-    gpu = triton is not None and device.type == "cuda" and dtype.itemsize == 2
-    return gpu and torch.cuda.get_device_properties(device).major >= 9
+    return triton is not None and dtype.itemsize == 2 and capability(device)[0] >= 9
 
 def graph_operator(fake: Callable) -> Callable:
     """Decorator: a function with type hints as one operator, which torch.compile calls without a look inside; `fake`,
@@ -3243,9 +3254,9 @@ def fp8_weight(stored: Tensor) -> Fp8Weight:
 
 @functools.cache
 def fp8_rounding(cfg: Config, device: torch.device) -> Callable[[Tensor], Fp8Weight]:
-    """`fp8_weight` in a few kernels on a GPU; UserError where Triton and cuBLAS have no 8-bit numbers."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("ACT_QUANT='fp8': expected a GPU of compute capability 8.9 or newer")
+    """`fp8_weight` in a few kernels on a GPU; UserError in float16, whose loss scale does not reach 8 bits."""
+    if compute_dtype(cfg.precision, device) == torch.float16:
+        raise UserError(f"PRECISION={cfg.precision!r}: float16 on this GPU; expected fp32 with ACT_QUANT='fp8'")
     return compiled(fp8_weight, cfg, World(device=device))
 
 def floor_to_power_of_two(x: Tensor) -> Tensor:
@@ -3256,8 +3267,16 @@ def to_fp8(x: Tensor, scale: float, dtype: torch.dtype = torch.float8_e4m3fn) ->
     largest = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-largest, largest).to(dtype).contiguous()
 
+def multiplies_eight_bits(device: torch.device) -> bool:
+    """Whether torch._scaled_mm takes these formats. A graph cannot ask; NVIDIA's are made from 8.9 on."""
+    nvidia = not torch.version.hip and (torch.compiler.is_compiling() or capability(device) >= (8, 9))
+    return device.type != "cuda" or nvidia
+
 def fp8_product(a: Tensor, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """a (N, K) @ rows (M, K).T * scale -> (N, M) in `dtype`, summed in float32."""
+    if not multiplies_eight_bits(a.device):  # 16 bits and more hold both operands
+        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return (a.to(wide) @ rows.to(wide).t() * scale).to(dtype)
     one = torch.ones((), device=a.device)
     # without full accumulation in float32 only where rounding errors meet 3 mantissa bits anyway: forward
     return torch._scaled_mm(a, rows.t(), one, scale, out_dtype=dtype, use_fast_accum=a.dtype == torch.float8_e4m3fn)

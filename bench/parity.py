@@ -4,9 +4,10 @@
     NUM_LAYERS=4 python bench/parity.py     settings as for train_gpt.py
 
 The weights are drawn away from their initial zeros, so that every part takes part. Rows: the largest difference of a token's nats, the
-difference of their mean as training sums it, and the smallest cosine between any parameter's gradient of the training loss and the
-reference's. Plain: the operations as PyTorch has them (`Ops()`); fast: what the device does better (`fast_ops`), kernels among it.
-Without a GPU the rows are the CPU's own.
+difference of their mean as training sums it, and of any parameter's gradient of the training loss the smallest cosine with the
+reference's, and the ratio of their norms that is furthest from 1. Plain: the operations as PyTorch has them (`Ops()`); fast: what the device does better (`fast_ops`), kernels among it;
+compiled: fast, as one graph of the training loss and one of the score, as a run has them (COMPILE_MODE, on a GPU). What fails
+shows as a row. Without a GPU the rows are the CPU's own.
 """
 
 from __future__ import annotations
@@ -50,40 +51,64 @@ class Result(NamedTuple):
     gradients: dict[str, torch.Tensor]  # of the training loss, a token's share
 
 
-def compute(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Tensor, fast: bool) -> Result:
+WAYS = "plain", "fast", "compiled"
+
+
+def compute(cfg: t.Config, device: str, x: torch.Tensor, y: torch.Tensor, way: str) -> Result:
+    """What `way` makes of a batch."""
     model, x, y = trained_looking_model(cfg).to(device), x.to(device), y.to(device)
-    model.use(t.fast_ops(cfg, x.device) if fast else t.Ops())
-    loss, mean = (part / x.numel() for part in model.parts.loss(model, x, y, cfg.z_loss))
-    loss.backward()
-    with torch.no_grad():
-        nats = model(x, y)
+    model.use(t.Ops() if way == "plain" else t.fast_ops(cfg, x.device))
+    world = t.World(device=x.device)
+    graph = (lambda function: t.compiled(function, cfg, world)) if way == "compiled" else lambda function: function
+    one = torch.ones((), device=x.device)
+    with t.plain_attention(x.device) if way == "plain" else t.attention_backends(x.device):
+        loss, mean = (part / x.numel() for part in graph(model.parts.loss)(model, x, y, cfg.z_loss))
+        loss.backward()
+        with torch.no_grad():
+            nats = graph(t.score_windows)(model, x, y, y.size(1), one)
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return Result(nats.float().cpu(), mean.detach().float().cpu(), gradients)
 
 
-def row(cfg: t.Config, case: tuple[str, str, bool], batch: tuple, reference: Result) -> str:
-    device, precision, fast = case
-    found = compute(dataclasses.replace(cfg, precision=precision), device, *batch, fast)
-    cosines = {name: F.cosine_similarity(g.flatten(), reference.gradients[name].flatten(), dim=0).item()
-               for name, g in found.gradients.items() if g.numel()}  # fmt: skip
-    worst = min(cosines, key=cosines.__getitem__)
+def row(cfg: t.Config, case: tuple[str, str, str], batch: tuple, reference: Result) -> str:
+    device, precision, way = case
+    try:
+        found = compute(dataclasses.replace(cfg, precision=precision), device, *batch, way)
+    except Exception as error:  # of a compiler or a driver; the other rows may still be had
+        return f"| {device} | {precision} | {way} | FAILED {type(error).__name__}: {(str(error).splitlines() or ['?'])[0]} | | | |"
+    cosines, norms = {}, {}
+    for name, expected in reference.gradients.items():
+        g = found.gradients.get(name, torch.zeros_like(expected))  # without a gradient: cosine 0, norm 0
+        if g.numel():
+            cosines[name] = F.cosine_similarity(g.flatten(), expected.flatten(), dim=0).item()
+            norms[name] = (g.norm() / expected.norm()).item()
+    worst, furthest = min(cosines, key=cosines.__getitem__), max(norms, key=lambda name: abs(norms[name] - 1))
     differences = f"{(found.nats - reference.nats).abs().max():.2e} | {found.mean - reference.mean:+.2e}"
-    return f"| {device} | {precision} | {'fast' if fast else 'plain'} | {differences} | {cosines[worst]:.6f} {worst} |"
+    return f"| {device} | {precision} | {way} | {differences} | {cosines[worst]:.6f} {worst} | {norms[furthest]:.4f} {furthest} |"
 
 
-def main() -> None:
+def cases() -> list[tuple[str, str, str]]:
+    """(device, precision, way) of the rows; the reference is none of them. A CPU compiles nothing."""
+    gpu = torch.cuda.is_available()
+    kinds = [("cuda", "fp32"), ("cuda", "bf16")] if gpu else [("cpu", "fp32"), ("cpu", "bf16")]
+    return [(*kind, way) for kind in kinds for way in (WAYS if gpu else WAYS[:2]) if (*kind, way) != ("cpu", "fp32", "plain")]
+
+
+def main() -> int:
     cfg = t.Config.from_env()
     batches = t.Batches(t.TokenStream(cfg, "train"), t.World())
     batch = batches.next(SEQUENCES, cfg.train_seq_len)
-    reference = compute(dataclasses.replace(cfg, precision="fp32"), "cpu", *batch, fast=False)
-    kinds = [("cuda", "fp32"), ("cuda", "bf16")] if torch.cuda.is_available() else [("cpu", "fp32"), ("cpu", "bf16")]
-    cases = [(*kind, fast) for kind in kinds for fast in (False, True) if (*kind, fast) != ("cpu", "fp32", False)]
+    reference = compute(dataclasses.replace(cfg, precision="fp32"), "cpu", *batch, "plain")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")
     print(f"reference: cpu fp32 plain, mean {reference.nats.mean():.6f} nats over {reference.nats.numel()} tokens")
-    print("| device | precision | operations | largest difference of a token | difference of the mean | smallest gradient cosine |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for case in cases:
-        print(row(cfg, case, batch, reference), flush=True)
+    print("| device | precision | operations | largest difference of a token | difference of the mean | smallest gradient cosine | its norm, furthest from 1 |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    failed = 0
+    for case in cases():
+        line = row(cfg, case, batch, reference)
+        failed += " FAILED " in line
+        print(line, flush=True)
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compile kernels for a Hopper GPU without one: `compiled` holds what each launch after `start()` compiled to."""
+"""Compile kernels for a GPU without one: `compiled` holds what each launch after `start()` compiled to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.runtime.jit import JITFunction
 
 
@@ -17,12 +18,17 @@ class Compiled(NamedTuple):
     ptx: str
     shared_bytes: int
     spilled_bytes: int  # of a thread
+    registers: int  # of a thread
 
 
-class Hopper:
-    """What Triton asks a driver for before it compiles."""
+class Driver:
+    """What Triton asks a driver for before it compiles; a Hopper GPU unless `start` says otherwise."""
 
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    capability = 90
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
     get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
 
@@ -37,11 +43,15 @@ def compile_only(self: JITFunction, *args, warmup: bool, **kwargs) -> None:  # n
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
-        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", f.name, "-o", f.name + ".cubin"]
+        capability = Driver.capability
+        ptxas = [get_ptxas(capability).path, "-v", f"-arch={sm_arch_from_capability(capability)}", f.name, "-o", f.name + ".cubin"]
         text = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
-    compiled.append(Compiled(self.__name__, ptx, kernel.metadata.shared, int(re.search("([0-9]+) bytes spill stores", text)[1])))
+    spilled, registers = (int(re.search(words, text)[1]) for words in ("([0-9]+) bytes spill stores", "Used ([0-9]+) registers"))
+    compiled.append(Compiled(self.__name__, ptx, kernel.metadata.shared, spilled, registers))
 
 
-def start() -> None:
+def start(capability: int = 90) -> None:
+    """From now on kernels are compiled for this compute capability; one for a process, since Triton keeps what it knows."""
+    Driver.capability = capability
     JITFunction.run = compile_only
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())

@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, TINY, launch, tiny_config, tiny_model
 from kernel_groups import FORWARD, GROUPS, REGION, Shapes, read_trace
-from parity import compute
+from parity import cases, compute
 from parity import row as parity_row
 from step import Arm, ArmFailed, sent_bytes, startup
 from step_worker import flops_a_token, matmul_shapes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_gpt
 from train_gpt import Ops, zero_fraction
 
 BEFORE_TRAINING_STEP = "bc9fca9"  # the last commit whose train() puts the step together itself
@@ -38,19 +39,50 @@ def test_model_flops_are_pytorchs_count(settings):
     assert counter.get_total_flops() == x.numel() * (sum(flops.values()) + flops["attention"])
 
 
-def test_parity_compares_every_table_of_operations_with_the_plain_one():
-    """On a CPU in float32 all agree; a row names the parameter that differs most."""
+def test_parity_compares_every_way_with_the_plain_one():
+    """On a CPU in float32 all agree; a row names the parameters that differ most, also where one has no gradient."""
     cfg = tiny_config(precision="fp32")
     batch = torch.randint(320, (2, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
-    plain, fast = (compute(cfg, "cpu", *batch, fast) for fast in (False, True))
+    plain, fast = (compute(cfg, "cpu", *batch, way) for way in ("plain", "fast"))
     assert plain.nats.mean().item() == pytest.approx(fast.mean.item(), rel=1e-6) and plain.nats.shape == (2, 32)
     torch.testing.assert_close(fast.nats, plain.nats, rtol=1e-5, atol=1e-5)
     assert plain.gradients.keys() == fast.gradients.keys()
     for name, g in plain.gradients.items():
         torch.testing.assert_close(fast.gradients[name], g, rtol=1e-4, atol=1e-7)
-    plain.gradients["vocab_bias"].neg_()
-    line = parity_row(cfg, ("cpu", "fp32", True), batch, plain._replace(nats=fast.nats, mean=fast.mean))
-    assert line == "| cpu | fp32 | fast | 0.00e+00 | +0.00e+00 | -1.000000 vocab_bias |"
+    plain.gradients["vocab_bias"].mul_(-2)
+    line = parity_row(cfg, ("cpu", "fp32", "fast"), batch, plain._replace(nats=fast.nats, mean=fast.mean))
+    assert line == "| cpu | fp32 | fast | 0.00e+00 | +0.00e+00 | -1.000000 vocab_bias | 0.5000 vocab_bias |"
+    extra = fast._replace(gradients=fast.gradients | {"gone": torch.ones(1)})
+    assert parity_row(cfg, ("cpu", "fp32", "fast"), batch, extra).endswith("| 0.000000 gone | 0.0000 gone |")
+
+
+def test_parity_compares_the_compiled_graphs_too(monkeypatch):
+    """The graph of the training loss and that of the score, as a run compiles them; faults of either show, and a compiler that
+    gives up is a row."""
+    cfg, asked = tiny_config(precision="fp32"), []
+    batch = torch.randint(320, (2, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
+    plain = compute(cfg, "cpu", *batch, "plain")
+    changes = {"right": lambda results: results, "no gradient": lambda results: tuple(r.detach().requires_grad_() for r in results)}
+
+    def compiled(function, *_):
+        asked.append(function.__name__)
+        change = changes[kind] if function is train_gpt.training_loss else lambda nats: nats + (kind == "score")
+        return lambda *arguments: change(function(*arguments))
+
+    changes["score"] = changes["right"]
+    monkeypatch.setattr(train_gpt, "compiled", compiled)
+    kind = "right"
+    found = compute(cfg, "cpu", *batch, "compiled")
+    assert asked == ["training_loss", "score_windows"]
+    torch.testing.assert_close(found.nats, plain.nats, rtol=1e-5, atol=1e-5)
+    kind = "score"
+    assert (compute(cfg, "cpu", *batch, "compiled").nats - plain.nats).min() > 0.9
+    kind = "no gradient"
+    assert " 0.000000 " in parity_row(cfg, ("cpu", "fp32", "compiled"), batch, plain)
+    monkeypatch.setattr(train_gpt, "compiled", lambda *_: 1 / 0)
+    assert parity_row(cfg, ("cpu", "fp32", "compiled"), batch, plain) == "| cpu | fp32 | compiled | FAILED ZeroDivisionError: division by zero | | | |"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ("cuda", "bf16", "compiled") in cases() and ("cuda", "fp32", "compiled") in cases()
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: object) -> dict:
@@ -320,7 +352,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     report = done.stdout.rsplit("==== stage | part | outcome\n", 1)[1].splitlines()
     outcome = {tuple(line.split(" | ")[:2]): line.split(" | ")[2] for line in report}
     bad = {key: text for key, text in outcome.items() if not text.startswith("ok, ")}
-    assert done.returncode == 1 and len(outcome) == 15, done.stderr
+    assert done.returncode == 1 and len(outcome) == 16, done.stderr
     assert [text.split(" after")[0] for text in bad.values()] == [
         "FAILED: code 3",
         "FAILED: code 9",
@@ -335,7 +367,9 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     assert ["--seconds 30 --only pr640|" in call for call in full] == [True, False]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["eval.txt", "figures.jsonl", "kernels.txt", "logs.txt", "parity.txt", "step.txt", "systems.txt", "train.txt"]
-    figures = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "out" / "figures.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["name"], r["outcome"]) for r in records] == [tuple(line.split(" | ")) for line in report]
+    figures = [r for r in records if "figures" in r]
     assert [f["name"] for f in figures] == ["default", "pr640", "fast", "startup", "communication", "levers", "evaluation"]
     assert "import this" not in (tmp_path / "out" / "logs.txt").read_text()
     assert "pr640_seed42.txt\npython:3.12" in (tmp_path / "out" / "logs.txt").read_text()
@@ -343,7 +377,7 @@ def test_gpu_queue_goes_on_after_a_failure_and_says_so(tmp_path):
     wrong = subprocess.run(
         ["bash", "bench/gpu_queue.sh", "steps"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
-    assert wrong.returncode == 2 and "steps: expected parity step" in wrong.stderr
+    assert wrong.returncode == 2 and "steps: expected first alone, parity step" in wrong.stderr
 
 
 # -------------------------------------------------------------------------------------------------- bench/artifact.py
