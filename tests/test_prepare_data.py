@@ -558,6 +558,18 @@ def test_a_long_document_is_encoded_in_windows_that_change_no_token(models: dict
                 assert ids == whole, (name, kind)
 
 
+def test_a_long_document_takes_little_more_memory_than_itself(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_text, "WINDOW_CHARS", 1 << 14)
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 150_000)))  # a token a byte
+    sp = processor(models["lossless"])
+    tracemalloc.start()
+    tokens = len(encode_text.encode_documents(sp, [text]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tokens > 440_000
+    assert peak < 8 * tokens  # two bytes each, and the window's lists: all ids as a list would be 8 bytes or more
+
+
 def test_a_whole_encyclopaedia_as_one_document(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(english(2000) * 23)
     assert len(text) > 8 << 20  # which was the limit

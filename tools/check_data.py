@@ -35,14 +35,16 @@ def refuse_other_tokenizer(folder, path, model, processor):
     manifest = checked_manifest(folder)
     pieces = manifest.get("vocab_size", processor.vocab_size())
     if processor.vocab_size() != pieces:
-        raise UserError(f"--tokenizer {path}: {processor.vocab_size()} pieces, expected {pieces} as {folder / MANIFEST} says")
+        found = f"{processor.vocab_size()} pieces, expected {pieces}"
+        raise UserError(f"--tokenizer {path}: {found} as {folder / MANIFEST} says")
     known = manifest.get("tokenizer_sha256") or manifest.get("files", {}).get(TOKENIZER)
     source = folder / MANIFEST
     if not known and (folder / TOKENIZER).is_file():
         known, source = sha256_file(folder / TOKENIZER), folder / TOKENIZER
     found = hashlib.sha256(model).hexdigest()
     if known and known != found:
-        raise UserError(f"--tokenizer {path}: SHA-256 {found[:16]}..., expected {known[:16]}... as in {source}: not the shards' tokenizer")
+        differ = f"SHA-256 {found[:16]}..., expected {known[:16]}... as in {source}"
+        raise UserError(f"--tokenizer {path}: {differ}: not the shards' tokenizer")
 
 
 def checked_manifest(folder):
@@ -95,7 +97,7 @@ def check_manifest(folder):
 
 
 def recorded_bytes(folder, manifest):
-    """The input's bytes of each validation document, None where the manifest has none; UserError if their sum is not right."""
+    """The input's bytes of each validation document, None where the manifest has none; UserError if their sum is wrong."""
     sizes, total = (manifest.get("val", {}).get(name) for name in ("document_bytes", "bytes"))
     if sizes is not None and total is not None and sum(sizes) != total:
         raise UserError(f"{folder / MANIFEST}: document_bytes of val add up to {sum(sizes)}, but bytes is {total}")
@@ -170,7 +172,7 @@ def check_overlap(train_paths, processor, val_hashes):
 def check_byte_count(val_paths, processor, table, threads=1, recorded=None):
     """(documents, UTF-8 bytes of their decoded text, how these differ from the recorded bytes in words).
 
-    UserError if for a single document the table's sum is not the decoded text's, or if the score's count would be wrong:
+    UserError if for a single document the table's sum is not the decoded text's, or the score's count would be wrong:
     text is lost, or the bytes differ in a way that the tokenizer does not explain.
     """
     folder, kind = val_paths[0].parent, TokenizerKind.read(processor)
@@ -196,7 +198,8 @@ def check_byte_count(val_paths, processor, table, threads=1, recorded=None):
     if wrong:
         raise UserError(f"{folder}: {wrong} of {documents} validation documents fail; {first}")
     if recorded is not None and len(recorded) != documents:
-        raise UserError(f"{folder}: {documents} validation documents, but manifest.json records the bytes of {len(recorded)}")
+        known = f"manifest.json records the bytes of {len(recorded)}"
+        raise UserError(f"{folder}: {documents} validation documents, but {known}")
     return documents, total, differing and f"in {differing:,} of {documents:,} documents ({difference})" or ""
 
 
@@ -220,13 +223,15 @@ def explain(kind, text, recorded):
         reasons.append("the vocabulary has no piece for U+2581, so spaces are spelled in its three bytes")
         rest = rest.replace(META_SPACE, " ")
     if kind.dummy_prefix and (kind.space_is_suffix or spelled):
-        reasons.append(f"the space added at a document's {'end' if kind.space_is_suffix else 'start'} (add_dummy_prefix) stays in the text")
+        end = "end" if kind.space_is_suffix else "start"
+        reasons.append(f"the space added at a document's {end} (add_dummy_prefix) stays in the text")
         rest = rest[:-1] if kind.space_is_suffix else rest[1:]
     size, decoded = len(rest.encode()), len(text.encode())
     if recorded is None:
         if not reasons:
             return None
-        return Difference("", "", f": {'; '.join(reasons)}: {decoded} bytes decoded, {size} in the input, which manifest.json does not record")
+        sizes = f"{decoded} bytes decoded, {size} in the input, which manifest.json does not record"
+        return Difference("", "", f": {'; '.join(reasons)}: {sizes}")
     lost = recorded - size
     if kind.dummy_prefix and kind.space_is_suffix:
         lost -= lost % 2  # decoding takes a space off the start all the same
@@ -235,7 +240,7 @@ def explain(kind, text, recorded):
     elif 0 < lost <= 2 * rest.count(" ") and lost % 2 == 0:
         reasons.append("no normalization: the input has U+2581, which SentencePiece takes for a space")
     elif lost:
-        reasons.append("nothing in the tokenizer's model explains it: are these the shards that manifest.json describes?")
+        reasons.append("nothing in the tokenizer's model explains it: are these the shards of manifest.json?")
         return Difference("", "", f": {recorded} bytes of input recorded, {decoded} decoded; {'; '.join(reasons)}")
     if recorded == decoded:
         return None
@@ -299,7 +304,8 @@ def input_line(val):
     if val.input_bytes is None:
         return "only the decoded text was compared: no manifest.json records the bytes of the text that went in"
     if val.difference:
-        return f"the text that went in has {val.input_bytes:,} bytes, which the score counts; it differs {val.difference}"
+        fact = f"the text that went in has {val.input_bytes:,} bytes, which the score counts"
+        return f"{fact}; it differs {val.difference}"
     return "the decoded text has the bytes of the text that went in, in each document"
 
 

@@ -6,6 +6,7 @@ depends on the input, its order and the options, never on the number of workers.
 
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -29,7 +30,7 @@ KEY_BYTES = 16
 IGNORED_IN_KEY = bytes(range(33)) + b"\x7f"  # ASCII control characters and the space
 META_SPACE = "\u2581"  # what SentencePiece makes of a space
 RARE_SPACE = 0.001  # of the text's characters; from half of it on SentencePiece's own coverage has the space
-# SentencePiece's trainer counts the characters of a word (spaces, then others) in 16 bits; a longer word ends the process
+# SentencePiece's trainer counts a word's characters (spaces, then others) in 16 bits; a longer word ends the process
 LONG_RUN = re.compile(r"[^ \u2581]{16384}|[ \u2581]{16384}")
 MAX_PIECE_CHARS = 16  # as SentencePiece trains them by default
 WINDOW_CHARS, CONTEXT_CHARS = 1 << 18, 1 << 12  # of a long text, encoded in windows that share some of it
@@ -46,8 +47,8 @@ def train_tokenizer(documents, vocab_size, coverage=None):
 
     No normalization, no dummy prefix, spaces and newlines kept ("\\n\\n" and ".\\n" become pieces), rare characters as
     bytes: those beyond `coverage` of the text (default: SentencePiece's). One thread: the model depends on the text and
-    the options only. It runs in a process of its own, which a failed check of the library ends. UserError if the text is
-    too small.
+    the options only. It runs in a process of its own, since a failed check of the library ends the process. UserError if
+    the text is too small.
     """
     options = {}
     if coverage is not None:  # SentencePiece itself takes .98 at least
@@ -60,14 +61,16 @@ def train_tokenizer(documents, vocab_size, coverage=None):
     try:
         return run_apart(_train_bpe, sentences, vocab_size, options)
     except ChildProcessError as error:
-        raise UserError(f"--vocab-size {vocab_size}: SentencePiece's trainer {error}; is there enough memory?") from None
+        fact = f"SentencePiece's trainer {error}; is there enough memory?"
+        raise UserError(f"--vocab-size {vocab_size}: {fact}") from None
     except RuntimeError as error:
-        reason = re.sub(r"^Internal: \S+ \[.*\] ", "", str(error)).replace("--character_coverage", "--character-coverage")
+        reason = re.sub(r"^Internal: \S+ \[.*\] ", "", str(error))
+        reason = reason.replace("--character_coverage", "--character-coverage")
         raise UserError(f"--vocab-size {vocab_size}: cannot be trained on this text: {reason}") from None
 
 
 def split_long_runs(document):
-    """The document in parts whose words SentencePiece's trainer can hold; text with a space now and then stays whole."""
+    """The document in parts whose words the trainer can hold; text with a space now and then stays whole."""
     start = 0
     for run in LONG_RUN.finditer(document):
         yield document[start : run.end()]
@@ -178,14 +181,15 @@ def encode_documents(processor, documents):
     if max(map(len, documents), default=0) <= WINDOW_CHARS:
         ids = processor.encode(documents, add_bos=True, num_threads=1)
     else:
-        ids = (part for text in documents for part in ([processor.bos_id()], *encode_long(processor, text)))
+        bos = [processor.bos_id()]
+        ids = (part for text in documents for part in itertools.chain([bos], encode_long(processor, text)))
     # at once: an id in a list takes 36 bytes
     parts = [np.array(part, dtype=np.uint16) for part in ids]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
 
 
 def encode_long(processor, text):
-    """Yield the ids of a text of any length, in lists, from windows of it: SentencePiece takes 95 times a text's memory.
+    """Yield the ids of a text of any length, in lists, from windows of it: SentencePiece takes 95 bytes for one of text.
 
     Two windows share CONTEXT_CHARS. They join at the place nearest to the middle of what they share where both have a
     border of pieces: so far from a window's ends the pieces are those of the whole text.
@@ -198,7 +202,7 @@ def encode_long(processor, text):
         for start in range(end - CONTEXT_CHARS, end - CONTEXT_CHARS + MAX_PIECE_CHARS):
             following = Window(processor, text, start)
             if borders := begins & following.begins(start + 1, end):
-                break  # else the text is one run of, say, spaces, in pieces of another phase; the next start has another
+                break  # else it is one run of, say, spaces, in pieces of another phase; the next start has another
         # without any (an unknown word as long as that is one piece) the middle will do
         border = min(borders, key=lambda begin: (abs(begin - middle), begin), default=middle)
         yield window.ids[first : bisect_left(window, border)]
@@ -282,8 +286,8 @@ def read_documents(files, layout):
 def tokenizer_sample(documents, split, max_bytes=TOKENIZER_SAMPLE_BYTES):
     """The training texts with the smallest hashes, at most `max_bytes` of UTF-8, in the order of the input.
 
-    All of them if they fit; of long documents, parts. Which ones depends on the set of documents only; memory stays within
-    a document of twice that.
+    All of them if they fit; of long documents, parts. Which ones depends on the set of documents only; memory stays
+    within a document of twice that.
     """
     bound, sample = 1 << 64, []
     size = 0
@@ -324,7 +328,7 @@ def without_empty_val(split, keys):
 
 
 class Encoded(NamedTuple):
-    """What a block became: uint16 token ids of each split, counts such as ('train', 'documents'), bytes of val's documents."""
+    """What a block became: uint16 ids of each split, counts such as ('train', 'documents'), bytes of val's documents."""
 
     ids: dict
     counts: Counter
@@ -376,7 +380,7 @@ def _encode_in_worker(block):
 
 
 def run_apart(function, *args):
-    """function(*args) in a process of its own. ChildProcessError if that is ended, RuntimeError of the function's own."""
+    """function(*args) in a process of its own. ChildProcessError if that is ended; the function's own RuntimeError."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run_and_send, args=(sender, function, args), daemon=True)

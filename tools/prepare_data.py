@@ -157,13 +157,14 @@ class TextJob(NamedTuple):
     def layout(self):
         """How documents lie in the files: a .txt file that is alone is cut, also where it is read as another's part."""
         options, alone = self.options, [files[0] for files in (self.inputs, self.val_inputs) if len(files) == 1]
-        return Layout(options.field, options.separator, options.bad_documents == "skip", frozenset(map(file_identity, alone)))
+        skip_bad = options.bad_documents == "skip"
+        return Layout(options.field, options.separator, skip_bad, frozenset(map(file_identity, alone)))
 
 
 def text(args):
     """Make a dataset of any text files."""
     if args.character_coverage is not None and args.tokenizer:
-        raise UserError(f"--character-coverage {args.character_coverage}: expected with --vocab-size, --tokenizer is trained already")
+        raise UserError(f"--character-coverage {args.character_coverage}: expected with --vocab-size, not with --tokenizer")
     inputs, val_inputs = find_files(args.input, "INPUT", say), find_files(args.val, "--val", say)
     if not inputs and not val_inputs:
         raise UserError("INPUT: no text file given, nor one by --val")
@@ -222,14 +223,15 @@ def say_what_is_cut(job, layout):
     """A line for each .txt file that is cut into documents though it names no border."""
     for path in job.val_inputs + job.inputs:
         if file_format(path) == ".txt" and (size := cut_size(path, layout)):
-            say(f"{path}: no {layout.separator!r} there, so its documents are pieces of {size:,} bytes up to the next blank line")
+            borders = f"its documents are pieces of {size:,} bytes up to the next blank line"
+            say(f"{path}: no {layout.separator!r} there, so {borders}")
 
 
 def warn_of_unknown_pieces(job, count):
     if count:
         warn(
-            f"--tokenizer {job.tokenizer}: {count:,} unknown pieces: the tokenizer cannot represent the text, and what they "
-            "stand for is lost (expected one with byte fallback); no score on these shards is right, and check refuses them"
+            f"--tokenizer {job.tokenizer}: {count:,} unknown pieces: the tokenizer cannot represent the text, and what "
+            "they stand for is lost (expected byte fallback); no score on these shards is right, and check refuses them"
         )
 
 
@@ -238,8 +240,8 @@ def warn_of_small_val(job, size):
     if 0 < size < SMALL_VAL_BYTES:
         noise = VAL_NOISE / math.sqrt(size)
         warn(
-            f"{job.out}: {size:,} bytes of validation text: another text as large would score about {noise:.2f} bits per byte "
-            f"higher or lower, by chance; expected {SMALL_VAL_BYTES:,} bytes or more: more text, --val-fraction or --val"
+            f"{job.out}: {size:,} bytes of validation text: another text as large would score about {noise:.2f} bits per "
+            f"byte higher or lower, by chance; expected {SMALL_VAL_BYTES:,} bytes: more text, --val-fraction or --val"
         )
 
 
@@ -366,7 +368,7 @@ def size_summary(out, manifest):
 
 
 def printable(text, encoding):
-    """The text as one line, with control characters and what the encoding does not have spelled: file names hold them."""
+    """The text as one line: control characters and what the encoding does not have are spelled (file names hold them)."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: control[0].encode("unicode_escape").decode(), text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -478,12 +480,12 @@ def add_text(command):
         "--character-coverage",
         type=fraction,
         metavar="F",
-        help="with --vocab-size: the share of the text whose characters become pieces, the rest is spelled in bytes (.9995)",
+        help="with --vocab-size: share of the text whose characters become pieces, the rest is spelled in bytes (.9995)",
     )
     held_out = command.add_mutually_exclusive_group()
     held_out.add_argument("--val", type=Path, nargs="+", default=[], metavar="FILE", help="the validation documents")
     held_out.add_argument(
-        "--val-fraction", type=fraction, metavar="F", help="else: hold out this share, by document hash (.01, at least one document)"
+        "--val-fraction", type=fraction, metavar="F", help="else: hold out this share, by hash (.01, at least one document)"
     )
     add_encoding(command)
     command.set_defaults(run=text)
@@ -505,7 +507,7 @@ def add_encoding(command):
         "--bad-documents",
         choices=("stop", "skip"),
         default="stop",
-        help="a document that is none (no JSON, no string, no UTF-8): stop there (default), or leave it out and count it",
+        help="at a document that is none (no JSON, no string, no UTF-8): stop (default), or leave it out and count it",
     )
     command.add_argument("--shard-tokens", type=whole_number(1, 2**31 - 1), default=SHARD_TOKENS, metavar="N")
     command.add_argument("--overwrite", action="store_true", help="replace the shards in --out")

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
     field: str = "text"  # of a JSON object, and the column of a parquet file
     separator: str = "<|endoftext|>"  # between the documents of a .txt file
     skip_bad: bool = False  # leave a broken document out and count it as refused, instead of stopping
-    alone: frozenset = frozenset()  # file_identity of .txt files that are cut, without separators in them, whatever their size
+    alone: frozenset = frozenset()  # file_identity of .txt files that are cut, if no separator is there, at any size
 
 
 class Block(NamedTuple):
@@ -80,7 +80,8 @@ def find_files(paths, option, report=None):
         inside, left_out = _files_in(path) if path.is_dir() else ([path], Counter())
         known = [file for file in inside if is_text_file(file)]
         if not known:
-            raise UserError(f"{option} {path}: no text there; expected a file or folder of {', '.join(SUFFIXES)}{_found(left_out)}")
+            expected = f"expected a file or folder of {', '.join(SUFFIXES)}"
+            raise UserError(f"{option} {path}: no text there; {expected}{_found(left_out)}")
         if path.is_dir() and report:
             report(f"{option} {path}: {_kinds(Counter(map(suffix_of, known)))} to read{_found(left_out)}")
         for file in known:
@@ -187,7 +188,8 @@ def _json_blocks(path, _):
     for chunk in _chunks(path):
         data += chunk
         if len(data) > MAX_DOCUMENT_BYTES:
-            raise UserError(f"{path}: an array of more than {MAX_DOCUMENT_BYTES >> 20} MiB; expected one object a line (.jsonl)")
+            limit = f"{MAX_DOCUMENT_BYTES >> 20} MiB"
+            raise UserError(f"{path}: an array of more than {limit}; expected one object a line (.jsonl)")
     items = _parse_json(bytes(data), str(path))
     for start in range(0, len(items), PARQUET_ROWS):
         yield Block(str(path), 1 + start, items[start : start + PARQUET_ROWS])
@@ -430,7 +432,7 @@ def _decoded(data, place):
 
 
 def _checked(text, place):
-    """The string, lone surrogates (JSON can spell them, UTF-8 cannot) replaced by U+FFFD; no text (null) is an empty one."""
+    """The string, lone surrogates (JSON can spell them, UTF-8 cannot) replaced by U+FFFD; null is an empty text."""
     if text is None:
         return ""
     if not isinstance(text, str):
