@@ -104,8 +104,9 @@ class Settings:
     log_dir: str = setting("logs", "folder of the log, <RUN_ID>.txt")
     eval_only: bool = setting(False, "score the artifact at ARTIFACT_PATH; train nothing")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 where a GPU has it")
-    compile_mode: Literal["default", "none", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = setting(
-        "default", "of torch.compile, on a GPU")  # fmt: skip
+    compile_mode: Literal["default", "none", "training", "reduce-overhead", "max-autotune",
+                          "max-autotune-no-cudagraphs"] = setting(
+        "default", "of torch.compile, on a GPU; training: not the score")  # fmt: skip
 
     kernels: str = setting("auto", "fast operations: auto: what passes the self-check; off; or names: loss,qk,mlp")
     kernels_strict: bool = setting(False, "a fast operation that fails the self-check ends the run")
@@ -2319,7 +2320,8 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
 def passed_before(cfg: Config, world: World) -> Path:
     """The file that says that this code has passed with these settings, on this kind of device, with these versions."""
     device = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else platform.machine()
-    versions = torch.__version__, torch.version.cuda, cudnn_version(), getattr(triton, "__version__", "")
+    versions = (torch.__version__, torch.version.cuda, cudnn_version(), driver_version(),
+                getattr(triton, "__version__", ""))  # fmt: skip
     settings = cfg.model_settings(), cfg.kernels, cfg.precision, cfg.compile_mode, cfg.score_stride
     key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions
     return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
@@ -2330,6 +2332,13 @@ def cudnn_version() -> str:
         return str(torch.backends.cudnn.version())
     except RuntimeError as error:  # attention runs on another one
         return str(error)
+
+def driver_version() -> str:
+    """Of NVIDIA's driver, as Linux tells it; "" where it does not."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
 
 class SelfCheck:
     """Compares the fast operations with the plain ones, on a model of the run's shapes with drawn weights."""
@@ -2348,29 +2357,38 @@ class SelfCheck:
         x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=self.world.device)
         with rounded_once(model):
             x, calls = self.calls(model, x)
-            self.operations(ops, calls)
-            ops = without(ops, self.off.keys())
+            ops = without(self.operations(ops, calls), self.off.keys())
             with self.attempt("compile") as errors:
                 errors.append(self.training_graph(model, ops, x, cfg))
-                errors.append(self.score_graph(model, ops, x))
             if "compile" in self.off:  # its own fault, or that of what it compiles?
+                cfg = dataclasses.replace(cfg, compile_mode="none")
                 with self.attempt("all") as errors:
-                    errors.append(self.training_graph(model, ops, x, dataclasses.replace(cfg, compile_mode="none")))
-        if "compile" in self.off:
-            cfg = dataclasses.replace(cfg, compile_mode="none")
+                    errors.append(self.training_graph(model, ops, x, cfg))
+            with self.attempt("compiled_score") as errors:
+                for tail in {x.size(1), min(cfg.score_stride, x.size(1))}:
+                    errors.append(self.score_graph(model, ops, x, cfg, tail))
+            if "compiled_score" in self.off and cfg.compile_mode != "none":
+                cfg = dataclasses.replace(cfg, compile_mode="training")
         if lost := KERNELS.keys() & self.off.keys() if "all" not in self.off else KERNELS.keys():
             cfg = dataclasses.replace(cfg, kernels=",".join(sorted(kernels_wanted(cfg) - lost)) or "off")
         return Checked(Ops() if "all" in self.off else ops, cfg, {"kernels": self.errors, "kernels_off": self.off})
 
-    def operations(self, ops: Ops, calls: list[tuple[str, list]]) -> None:
-        """Compares every call of an operation that is not the plain one; `calls` is used up, for the memory's sake."""
+    def operations(self, ops: Ops, calls: list[tuple[str, list]]) -> Ops:
+        """Compares every call of an operation that is not the plain one; `calls` is used up, for the memory's sake.
+        Where FlashAttention-3 fails, PyTorch's attention is compared in its place."""
         while calls:
             field, arguments = calls.pop()
             name = next(name for name, fields in KERNELS.items() if field in fields)
+            if flash := field == "attend" and ops.attend.__name__ == "flash":
+                name = "FlashAttention-3"
             fast = getattr(ops, field) is not getattr(Ops(), field) or field == "attend" and arguments[0].is_cuda
             if fast and name not in self.off:
                 with self.attempt(name) as errors:
                     errors.append(self.operation(ops, field, arguments))
+            if flash and name in self.off:
+                ops = ops._replace(attend=attend)
+                calls.append((field, arguments))
+        return ops
 
     def calls(self, model: GPT, x: Tensor) -> tuple[Tensor, list[tuple[str, list]]]:
         """Every operation with the arguments of its first call for each of their shapes; x, or the part of it that the
@@ -2403,7 +2421,8 @@ class SelfCheck:
         self.errors.pop(name, None)
         if self.cfg.kernels_strict:
             raise UserError(f"KERNELS_STRICT=1: {name}: {self.off[name]}")
-        what = "runs uncompiled, slowly" if name == "compile" else "is computed plainly"
+        what = {"compile": "runs uncompiled, slowly", "compiled_score": "runs uncompiled",
+                "FlashAttention-3": "gives way to PyTorch's"}.get(name, "is computed plainly")  # fmt: skip
         self.log(f"warning: self-check: {name} {what}: {self.off[name]}")
 
     def attention(self, fast: bool) -> AbstractContextManager:
@@ -2434,11 +2453,11 @@ class SelfCheck:
         named = zip(["loss", *(name for name, _ in model.named_parameters())], *results, strict=True)
         return max(self.difference(name, a, b, times=4) for name, a, b in named)  # errors of the layers add up
 
-    def score_graph(self, model: GPT, ops: Ops, x: Tensor) -> float:
-        """The same of the nats of the last targets of a window."""
-        tail, one, results = min(self.cfg.score_stride, x.size(1)), torch.ones((), device=x.device), []
+    def score_graph(self, model: GPT, ops: Ops, x: Tensor, cfg: Config, tail: int) -> float:
+        """The same of the nats of the last `tail` targets of a window."""
+        one, results = torch.ones((), device=x.device), []
         with torch.no_grad():
-            for kind, function in ((ops, compiled(score_windows, self.cfg, self.world)), (Ops(), score_windows)):
+            for kind, function in ((ops, compiled(score_windows, cfg, self.world)), (Ops(), score_windows)):
                 with self.attention(kind is ops):
                     results.append(function(model.use(kind), x, x.roll(-1, 1), tail, one))
         return self.difference("nats of a score", *results)
@@ -2577,15 +2596,17 @@ class Reading:
         return self._value.item()
 
 def compiled(function: Callable, cfg: Config, world: World) -> Callable:
-    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE=none; as it is on a CPU.
+    """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE leaves it out; as it is on a CPU.
 
     Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
     """
-    if cfg.compile_mode == "none" or not compiles(world.device):
+    left_out = cfg.compile_mode == "none" or cfg.compile_mode == "training" and function is score_windows
+    if left_out or not compiles(world.device):
         return function
     keep_compiled()
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
-    return torch.compile(function, mode=cfg.compile_mode, dynamic=False, fullgraph=True)
+    mode = cfg.compile_mode if cfg.compile_mode != "training" else "default"
+    return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
 def compiles(device: torch.device) -> bool:
     return device.type == "cuda" and (bool(torch.version.hip) or capability(device) >= (8, 9))

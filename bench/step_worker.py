@@ -218,7 +218,8 @@ class Worker:
     def __init__(self) -> None:
         self.cfg, self.world = t.Config.from_env(), t.World.from_env()
         self.device, self.synthetic, self._stack = self.world.device, False, contextlib.ExitStack()
-        self._stack.enter_context(t.attention_backends(self.device))
+        wanted = [t.kernels_wanted(self.cfg)] if hasattr(t, "kernels_wanted") else []  # an older version has no KERNELS
+        self._stack.enter_context(t.attention_backends(self.device, *wanted))
         self._taken = 0
 
     def start(self, synthetic: str) -> dict:

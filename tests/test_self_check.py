@@ -73,8 +73,8 @@ def test_what_is_right_passes(options):
     checked = SelfCheck(cfg, World(), lines_of(log)).run(ops)
     assert checked.ops == ops and checked.cfg is cfg and not checked.report["kernels_off"] and not log
     fast = {name for name, fields in KERNELS.items() for field in fields if getattr(ops, field) is not getattr(Ops(), field)}
-    assert checked.report["kernels"].keys() <= fast | {"compile"}
-    assert {"matmul", "compile"} <= checked.report["kernels"].keys()
+    assert checked.report["kernels"].keys() <= fast | {"compile", "compiled_score"}
+    assert {"matmul", "compile", "compiled_score"} <= checked.report["kernels"].keys()
 
 
 @pytest.mark.parametrize("kind", ["raises", "nan", "factor", "gradient's factor", "no gradient"])
@@ -124,7 +124,37 @@ def test_a_compiled_score_at_fault_is_found(monkeypatch):
     monkeypatch.setattr(train_gpt, "compiled", lambda function, *_: broken(function, "factor") if function is train_gpt.score_windows else function)
     log = []
     checked = SelfCheck(tiny_config(), World(), lines_of(log)).run(fast_ops(tiny_config(), CPU))
-    assert checked.cfg.compile_mode == "none" and "nats of a score" in log[0]
+    assert checked.cfg.compile_mode == "training" and "compiled_score runs uncompiled" in log[0] and "nats of a score" in log[0]
+    assert [*checked.report["kernels_off"]] == ["compiled_score"] and checked.cfg.kernels == "auto"
+
+
+def test_every_length_of_a_tail_is_scored(monkeypatch):
+    """The chunked score's tail is the whole window, the sliding one's a stride."""
+    cfg, tails = tiny_config(), []
+    score = train_gpt.score_windows
+    monkeypatch.setattr(train_gpt, "score_windows", lambda *args: tails.append(args[3]) or score(*args))
+    SelfCheck(cfg, World(), silent).run(fast_ops(cfg, CPU))
+    assert set(tails) == {cfg.train_seq_len, cfg.score_stride}
+
+
+def test_compile_mode_training_leaves_the_score_alone_uncompiled(monkeypatch):
+    monkeypatch.setattr(train_gpt, "compiles", lambda _: True)
+    monkeypatch.setattr(train_gpt, "keep_compiled", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **_: (function, mode))
+    for mode, found in {"training": "default", "max-autotune": "max-autotune", "default": "default"}.items():
+        cfg = tiny_config(compile_mode=mode)
+        assert train_gpt.compiled(training_loss, cfg, World()) == (training_loss, found)
+        assert (train_gpt.compiled(train_gpt.score_windows, cfg, World()) is train_gpt.score_windows) is (mode == "training")
+
+
+@pytest.mark.parametrize("kind", ["raises", "nan", "factor", "no gradient"])
+def test_where_flash_attention_3_fails_the_next_attention_is_checked_and_runs(kind):
+    cfg, log = tiny_config(), []
+    flash = broken(train_gpt.attend, kind)
+    flash.__name__ = "flash"
+    checked = SelfCheck(cfg, World(), lines_of(log)).run(fast_ops(cfg, CPU)._replace(attend=flash))
+    assert checked.ops.attend is train_gpt.attend and [*checked.report["kernels_off"]] == ["FlashAttention-3"]
+    assert len(log) == 1 and "FlashAttention-3 gives way to PyTorch's" in log[0] and checked.cfg.kernels == "auto"
 
 
 def test_operations_that_are_wrong_together_only_are_all_left_out(monkeypatch):
@@ -223,7 +253,7 @@ def test_the_report_is_in_the_result_line(data_dir, tmp_path, monkeypatch, capsy
         monkeypatch.setenv(key, text)
     assert train_gpt.run([]) == 0
     result = json.loads(capsys.readouterr().out.rpartition("result ")[2])
-    assert result["kernels"].keys() == {"loss", "qk", "compile"} and result["kernels_off"] == {} and result["attention"] == "PyTorch SDPA"
+    assert result["kernels"].keys() == {"loss", "qk", "compile", "compiled_score"} and result["kernels_off"] == {} and result["attention"] == "PyTorch SDPA"
 
 
 # ------------------------------------------------------------------------------------------------ memory

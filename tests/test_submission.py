@@ -442,7 +442,7 @@ TRAINERS_TABLES = {
     "order: Callable = u_net": "order: Callable = SPOILED",
     "embed_norm: Callable = lambda cfg: rms_norm": "embed_norm: Callable = lambda cfg: SPOILED",
     "order=recurrent_order": "order=SPOILED",
-    "attend=flash_attention_3(cfg) or attend": "attend=SPOILED",
+    "attend=flash_attention_3(cfg) or (attend if shares else unshared_attend)": "attend=SPOILED",
     "qk_norm_rope=QKNormRope.apply": "qk_norm_rope=SPOILED",
     '{"poly": poly_softcap}': '{"poly": SPOILED}',
     '"FP8": Float8()': '"FP8": SPOILED',
