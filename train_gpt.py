@@ -124,7 +124,8 @@ class Settings:
     mlp_mult: int = setting(4, "width of the MLP, in MODEL_DIM", model=True, least=1, most=64)
     # #640 has 254; 256 makes rows of 16-byte multiples for the GEMMs
     embed_dim: int = setting(256, "channels of the embedding; 0: MODEL_DIM", model=True, least=0, most=2**16)
-    activation: Literal["relu2", "relu", "leaky_relu", "gelu", "swiglu"] = setting("relu2", "of the MLP", model=True)
+    activation: Literal["relu2", "relu", "leaky_relu", "leaky_relu2", "gelu", "swiglu"] = setting(
+        "relu2", "of the MLP", model=True)  # fmt: skip
     qk_gain_init: float = setting(2.25, "initial gain of each query head", least=0)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding table", least=0)
     logit_softcap: float = setting(10.0, "bound of a logit's magnitude", model=True, above=0)
@@ -3764,11 +3765,21 @@ class OptionSettings(Settings):
     ema_decay: float = setting(0.995, "of the average", least=0, below=1, of="#641")
     ema_start_fraction: float = setting(0.5, "of the budget, where the average begins", least=0, below=1, of="#641")
 
+    embed_init: Literal["random", "bigram"] = setting(
+        "random", "bigram: first embeddings predict the next token as counted", group="Starts")  # fmt: skip
+    ternary_phase: str = setting("0", "start,end of the budget between which weights go from full precision to ternary")
+
     checkpoint_every: str = setting("0", "steps or, as 600s, seconds between two; 0: none", group="Checkpoints")
     checkpoint_keep: int = setting(2, "newest ones that stay", least=1)
     checkpoint_dir: str = setting("checkpoints", "their folder")
     resume: str = setting("", "1: go on from the newest; or the path of one")
     export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
+
+    @property
+    def softening(self) -> tuple[float, float]:
+        """TERNARY_PHASE: progress up to which weights are used unrounded, and from which they are ternary alone."""
+        start, _, end = self.ternary_phase.partition(",")
+        return float(start), float(end or start)
 
     @property
     def mlp_dim(self) -> int:
@@ -3835,6 +3846,12 @@ qkv_16 = lambda c: (c.num_kv_heads if c.qkv_split else c.num_heads + 2 * c.num_k
 RULES += [
     ("checkpoint_every", lambda c: re.fullmatch(r"\d{1,9}|\d{1,9}(\.\d+)?s", c.checkpoint_every),
      "steps, or seconds as 600s"),
+    ("ternary_phase", lambda c: re.fullmatch(r"0|(\d?\.\d+|0),(\d?\.\d+|1)", c.ternary_phase) and
+     (c.ternary_phase == "0" or 0 <= c.softening[0] < c.softening[1] <= 1), "0, or start,end as .2,.3"),
+    ("ternary_phase", lambda c: c.ternary_phase == "0" or quantized(c) and c.act_quant != "fp8",
+     "0 with WEIGHT_QUANT=none or ACT_QUANT=fp8, which have no codes or nothing but codes"),
+    ("embed_init", lambda c: c.embed_init == "random" or tied(c) and 0 < c.embed_dim <= 2 * c.model_dim and
+     not c.bigram_hash, "random without a factored, tied table of its own: EMBED_DIM, TIE_EMBEDDINGS, BIGRAM_HASH"),
     ("mlp_hidden", lambda c: c.mlp_hidden % 4 == 0, "a multiple of 4"),
     ("recurrence_factor", lambda c: c.num_unique_layers or c.recurrence_factor == 1, "1 with NUM_UNIQUE_LAYERS"),
     ("num_layers", lambda c: c.passes == c.num_layers, "NUM_UNIQUE_LAYERS x RECURRENCE_FACTOR"),
@@ -3942,7 +3959,8 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     cfg, half = step.cfg, compute_dtype(step.cfg.precision, step.world.device) == torch.float16
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
-    wanted = {Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
+    wanted = {BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
+              Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
               LossScaling: half, Clipping: cfg.grad_clip_norm, Averaging: cfg.ema, Churn: cfg.churn_log_every,
               Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
@@ -3981,6 +3999,78 @@ class Schedules(Hook):
     def stage(self, stage: Stage, step: int, progress: float) -> Stage:
         cfg = self.step.cfg
         return Stage(shaped_rate(cfg, step, progress, stage.lr_scale), stage.momentum, *step_shape(cfg, step, progress))
+
+class Softening(Hook):
+    """TERNARY_PHASE: gradients at (1 - a) latent + a rounded weights, a from 0 to 1 between two points of the budget.
+
+    What is published after a step, and thus scored and saved, is ternary throughout."""
+
+    @torch.no_grad()
+    def stage(self, stage: Stage, step: int, progress: float) -> Stage:  # noqa: ARG002
+        start, end = self.step.cfg.softening
+        if progress < end:
+            self.step.share_latent()  # other processes have sent codes alone
+            for layer in self.step.model.modules():
+                if isinstance(layer, TernaryLinear):
+                    latent = layer.weight.to(layer.operand.dtype)
+                    layer.operand.lerp_(latent, min(1.0, (end - progress) / (end - start)))
+        return stage
+
+class BigramStart(Hook):
+    """EMBED_INIT=bigram: at the first step the model's logits are what pairs of training tokens say of the next token.
+
+    L = log p(b|a) / p(b) for the token a before b is factored, weighted by how frequent both are, to left factors of a
+    and right ones of b (a truncated SVD; Levy and Goldberg, NeurIPS 2014, factor such a matrix). Table columns 0 to
+    r - 1 hold the left ones, column r what makes them equally long, so that normalization changes nothing; r + 1 to 2 r
+    the right ones. The projections copy the left ones into the model and out of it to the right ones.
+    """
+
+    TOKENS = 1 << 25  # that are counted at most
+    PRIOR = 100.0  # pseudo-counts of p(b) after each a
+
+    @torch.no_grad()
+    def begin(self, loop: Loop) -> None:
+        step, model = self.step, self.step.model
+        weights = [model.table.weight, model.embed_in.weight, model.embed_out.weight, model.vocab_bias]
+        step.share_latent()
+        for w in weights:
+            w.zero_()
+        if step.world.is_main:
+            self.fill(*weights, TokenStream(step.cfg, "train"))
+        for w in weights:  # the other processes add zeros
+            step.world.sum_(w)
+        step.publish()
+        loop.log(f"embed_init:bigram t:{1000 * loop.clock.elapsed():.0f}ms")
+
+    def fill(self, table: Tensor, embed_in: Tensor, embed_out: Tensor, bias: Tensor, stream: TokenStream) -> None:
+        pieces, rank = len(table), (table.size(1) - 1) // 2
+        pairs = self.count(stream, pieces)
+        after, p = pairs.sum(1), pairs.sum(0) + 0.1
+        p = p / p.sum()
+        lift = (pairs.add_(self.PRIOR * p) / (after + self.PRIOR)[:, None]).div_(p).log_()
+        rows, columns = ((q + 1e-6).sqrt() for q in (after / after.sum(), p))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(lift.mul_(rows[:, None]).mul_(columns), min(rank + 16, pieces), niter=3)
+        left, right = (f[:, :rank] * s[:rank].sqrt() / q[:, None] for f, q in ((u, rows), (v, columns)))
+        rank = left.size(1)
+        length = left.norm(dim=1, keepdim=True)
+        longest = length.quantile(0.98)
+        left = left * (longest / length.clamp_min(longest))
+        filler = (longest.square() - left.square().sum(1)).clamp_min(0).sqrt()
+        table[:, :rank], table[:, rank], table[:, rank + 1 : 2 * rank + 1] = left / longest, filler / longest, right
+        i = torch.arange(rank + 1)
+        embed_in[i, i] = 1.0
+        embed_out[rank + 1 + i[:-1], i[:-1]] = float(longest) / embed_out.size(1) ** 0.5
+        bias.copy_((p.log() - p.log().max() + 3).clamp_min(-9))
+
+    def count(self, stream: TokenStream, pieces: int) -> Tensor:
+        """(pieces, pieces) float32: how often token b follows token a among the first TOKENS training tokens."""
+        pairs, most = torch.zeros(pieces * pieces), min(self.TOKENS, stream.num_tokens - 1)
+        for first in range(0, most, 1 << 22):
+            tokens = torch.from_numpy(stream.read(first, min(1 << 22, most - first) + 1).astype(np.int64))
+            pairs += torch.bincount(tokens[:-1] * pieces + tokens[1:], minlength=pieces * pieces)
+        return pairs.view(pieces, pieces)
 
 class Commitment(Hook):
     """The gradient of #126's commitment loss: lambda * sum over matrices of mean((w / alpha - code)^2).
@@ -4551,7 +4641,12 @@ class ActivatedMLP(MLP):
 def activated(activation: Callable, inputs: int = 1) -> type[MLP]:
     return type("ActivatedMLP", (ActivatedMLP,), {"activation": staticmethod(activation), "inputs": inputs})
 
+def leaky_relu2(u: Tensor) -> Tensor:
+    """u^2 above 0, a quarter of it below."""
+    return torch.where(u >= 0, u, u / 4) * u
+
 ACTIVATED = {"relu": activated(F.relu), "leaky_relu": activated(F.leaky_relu), "gelu": activated(F.gelu),
+             "leaky_relu2": activated(leaky_relu2),
              "swiglu": activated(swiglu, 2)}  # by ACTIVATION # fmt: skip
 
 def grouped_mlp(kind: Callable, cfg: Config, parts: Parts, *sizes: int) -> nn.Module:

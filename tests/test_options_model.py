@@ -52,6 +52,7 @@ OPTIONS = [
     {"training_depth_recurrence": 2},
     {"unet": 0, "resid_mix": 0},
     {"activation": "swiglu"},
+    {"activation": "leaky_relu2"},
     {"activation": "gelu", "smear": 1},
     {"bigram_hash": 1},
     {"bigram_hash": 1, "embed_dim": 0, "smear": 1},
@@ -344,6 +345,12 @@ def test_activations_written_out():
     model = tiny_model(activation="gelu")
     expected = torch.tensor([[v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x.tolist()])
     torch.testing.assert_close(model.blocks[0].mlp.activation(x), expected)
+    model = tiny_model(activation="leaky_relu2")
+    u = x.clone().requires_grad_()
+    found = model.blocks[0].mlp.activation(u)
+    torch.testing.assert_close(found, torch.tensor([[v * v if v >= 0 else v * v / 4 for v in row] for row in x.tolist()]))
+    slope = torch.tensor([[2 * v if v >= 0 else v / 2 for v in row] for row in x.tolist()])
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), u)[0], slope)
     model = tiny_model(activation="swiglu")
     expected = torch.tensor([[g / (1 + math.exp(-g)) * u for g, u in zip(row[:4], row[4:], strict=True)] for row in x.tolist()])
     torch.testing.assert_close(model.blocks[0].mlp.activation(x), expected)

@@ -8,24 +8,28 @@ import dataclasses
 import itertools
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import fresh_model, on_processes, tiny_config, tiny_model, tokens
+from conftest import fresh_model, on_processes, tiny_config, tiny_model, tokens, write_shard
 from test_optimizer import newton_schulz, rms
 
 import train_gpt
 from train_gpt import (
     MATRIX_OPTIMIZERS,
     Averaging,
+    BigramStart,
     Churn,
     Clipping,
     Commitment,
     Log,
     LossScaling,
+    Ops,
     Schedules,
+    Softening,
     Stage,
     TernaryLinear,
     TokenStream,
@@ -324,7 +328,7 @@ def test_processes_must_divide_every_batch_of_the_schedule():
 HOOKS = [({"seq_ramp_start": 8}, Schedules), ({"batch_tokens_start": 64}, Schedules), ({"min_lr_ratio": 0.1}, Schedules), ({"lr_warmup_steps": 3}, Schedules),
          ({"warmdown_iters": 9}, Schedules), ({"warmdown_shape": "cosine"}, Schedules), ({"untie_at_fraction": 0.5, "warmup_steps": 2}, Untying),
          ({"ternary_commit_lambda": 0.1}, Commitment), ({"precision": "fp16"}, LossScaling), ({"grad_clip_norm": 1}, Clipping), ({"ema": 1}, Averaging),
-         ({"churn_log_every": 5}, Churn)]  # fmt: skip
+         ({"churn_log_every": 5}, Churn), ({"embed_init": "bigram"}, BigramStart), ({"ternary_phase": ".2,.4"}, Softening)]  # fmt: skip
 
 
 def test_each_setting_brings_its_hook_and_all_come_in_one_order():
@@ -335,7 +339,7 @@ def test_each_setting_brings_its_hook_and_all_come_in_one_order():
         assert [type(hook) for hook in TrainingStep(model, model.cfg, World()).hooks] == [kind], settings
         together |= settings
     model = tiny_model(num_layers=1, **together)
-    order = [Schedules, Untying, Commitment, LossScaling, Clipping, Averaging, Churn]
+    order = [BigramStart, Softening, Schedules, Untying, Commitment, LossScaling, Clipping, Averaging, Churn]
     assert [type(hook) for hook in TrainingStep(model, model.cfg, World()).hooks] == order
 
 
@@ -564,6 +568,150 @@ def test_the_warm_up_takes_steps_with_both_outputs_and_restores_the_weights():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+# ---- Starts
+
+
+def loop_at(step=0, lines=None):
+    return SimpleNamespace(step=step, clock=train_gpt.Clock(World()), log=(lines if lines is not None else []).append)
+
+
+def started(cfg, world=World(), lines=None):  # noqa: B008
+    """A model as it is when its first step begins."""
+    torch.manual_seed(0)
+    model = fresh_model(cfg)
+    with rounded_once(model):
+        step = TrainingStep(model, cfg, world)
+        for hook in step.hooks:
+            hook.begin(loop_at(lines=lines))
+    return model
+
+
+def counted_logits(stream, pieces, rank):
+    """Float64, pair by pair: (factors of log p(b|a) / p(b) multiplied out, with the long ones cut; the bias)."""
+    pairs = np.zeros((pieces, pieces))
+    for a, b in itertools.pairwise(stream.tolist()):
+        pairs[a, b] += 1
+    p = (pairs.sum(0) + 0.1) / (pairs.sum() + 0.1 * pieces)
+    first = pairs.sum(1) / pairs.sum()
+    lift = np.log((pairs + 100 * p) / (pairs.sum(1, keepdims=True) + 100) / p)
+    rows, columns = np.sqrt(first + 1e-6)[:, None], np.sqrt(p + 1e-6)
+    u, s, vt = np.linalg.svd(rows * lift * columns)
+    left = u[:, :rank] * np.sqrt(s[:rank]) / rows
+    right = (vt[:rank] * np.sqrt(s[:rank])[:, None] / columns).T
+    length = np.linalg.norm(left, axis=1, keepdims=True)
+    return left / np.maximum(1, length / np.quantile(length, 0.98)) @ right.T, np.maximum(np.log(p / p.max()) + 3, -9)
+
+
+@pytest.mark.parametrize("width", [24, 64, 65])
+def test_a_model_that_starts_from_bigrams_predicts_what_was_counted(width, data_dir):
+    cfg, lines = tiny_config(embed_init="bigram", embed_dim=width, fp_storage="FP16", logit_softcap=1000, data_path=data_dir), []
+    model = started(cfg, lines=lines)
+    with torch.no_grad():
+        h = model.hidden(torch.arange(320)[:, None])
+        logits, bias = model.logits(h)[:, 0].double().numpy(), model.vocab_bias.double().numpy()
+    stream = TokenStream(cfg, "train").read(0, TokenStream(cfg, "train").num_tokens)
+    expected, expected_bias = counted_logits(stream, 320, (width - 1) // 2)
+    assert np.allclose(bias, expected_bias, atol=1e-4)
+    frequent = np.bincount(stream, minlength=320) > 20  # the float32 SVD has little to say of the others
+    found, expected = (logits - bias)[frequent][:, frequent], expected[frequent][:, frequent]
+    assert np.abs(expected).max() > 1 and np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert len(lines) == 1 and re.fullmatch(r"embed_init:bigram t:\d+ms", lines[0])
+
+
+def test_a_start_from_bigrams_knows_more_than_the_frequencies_and_survives_its_storage(data_dir):
+    """In FP8 too, with the default's cap."""
+    cfg = tiny_config(embed_init="bigram", embed_dim=64, data_path=data_dir)
+    model = started(cfg)
+    stream = TokenStream(cfg, "train").read(0, 4097).astype(np.int64)
+    x, y = (torch.from_numpy(part).view(-1, 32) for part in (stream[:-1], stream[1:]))
+    share = np.bincount(y.flatten(), minlength=320) / y.numel()
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    with torch.no_grad():
+        assert model(x, y).mean() < entropy - 0.5
+        loaded, _ = load_artifact(save_artifact(model, cfg))
+        assert torch.equal(loaded(x, y), model(x, y))
+
+
+def test_the_random_start_is_not_touched(data_dir):
+    ours, plain = (started(tiny_config(embed_init="random", data_path=folder)) for folder in (data_dir, "nowhere"))
+    torch.manual_seed(0)
+    fresh = fresh_model(tiny_config())
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(ours.parameters(), plain.parameters(), fresh.parameters(), strict=True))
+
+
+SOFT = {"ternary_phase": ".2,.6"}
+
+
+@pytest.mark.parametrize("progress, share", [(0.0, 0.0), (0.2, 0.0), (0.3, 0.25), (0.6, 1.0), (0.9, 1.0)])
+def test_a_soft_step_has_the_gradients_of_the_blend_and_leaves_ternary_weights(progress, share):
+    model = tiny_model(**SOFT)
+    layers = [m for m in model.modules() if isinstance(m, TernaryLinear)]
+    x = tokens(model, 8)
+
+    def blend(layer):
+        codes, scale = ternarize(layer.weight.detach(), layer.group_size, layer.form)
+        return (1 - share) * layer.weight.detach() + share * (codes * scale).view_as(layer.weight)
+
+    by_hand = tiny_model(**SOFT).use(Ops())
+    for layer in by_hand.modules():
+        if isinstance(layer, TernaryLinear):
+            layer.rounded = lambda layer=layer: blend(layer)
+    loss, nats = training_loss(by_hand, x, x.roll(-1, 1), 1e-4)
+    expected = torch.autograd.grad(loss / x.numel(), list(by_hand.parameters()), allow_unused=True)
+    with rounded_once(model):
+        step = TrainingStep(model, model.cfg, World())
+        assert [type(hook) for hook in step.hooks] == [Softening]
+        step.hooks[0].stage(schedule(model.cfg, 0, progress), 0, progress)
+        step.grads.compute(lambda *micro: step.loss_function(model, *micro, 1e-4), x, x.roll(-1, 1), 2)
+        assert step.grads.loss.item() == pytest.approx(nats.item() / x.numel(), rel=1e-5)
+        for (name, p), g in zip(model.named_parameters(), expected, strict=True):
+            assert g is None or torch.allclose(p.grad, g, rtol=1e-3, atol=1e-6), name
+        apply_stage(step.optimizers, schedule(model.cfg, 0, progress))
+        for opt in step.optimizers:
+            opt.step()
+        step.publish()
+        assert all(torch.equal(layer.operand, layer.rounded()) for layer in layers)
+
+
+@pytest.mark.parametrize("text", ["1", ".2", ".4,.2", ".2,.2", "a,b", ".2,1.5", "-.1,.3", ".1,.2,.3"])
+def test_a_phase_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=re.escape(f"TERNARY_PHASE='{text}': expected 0, or start,end as .2,.3")):
+        tiny_config(ternary_phase=text)
+
+
+def test_starts_that_a_model_has_no_place_for_are_refused():
+    for settings in ({"embed_dim": 0}, {"tie_embeddings": 0}, {"bigram_hash": 1}, {"logit_head_type": "tversky"}, {"embed_dim": 130}):
+        with pytest.raises(UserError, match="EMBED_INIT='bigram': expected random without a factored, tied table"):
+            tiny_config(embed_init="bigram", **settings)
+    for settings in ({"weight_quant": "none"}, {"act_quant": "fp8"}):
+        with pytest.raises(UserError, match="TERNARY_PHASE='0,.5': expected 0 with WEIGHT_QUANT=none or ACT_QUANT=fp8"):
+            tiny_config(ternary_phase="0,.5", **settings)
+
+
+def starts_agree(world: World) -> list[float]:
+    """A start from bigrams of the first process's data, three soft steps and one more: the losses."""
+    cfg, losses = tiny_config(embed_init="bigram", ternary_phase="0,.75", data_path=f"rank{world.rank}"), []
+    folder = Path(cfg.data_path)
+    folder.mkdir(exist_ok=True)
+    write_shard(folder / "fineweb_train_000000.bin", np.random.default_rng(world.rank).zipf(1.3, 5000) % 320)
+    torch.manual_seed(0)
+    model = fresh_model(cfg)
+    with rounded_once(model):
+        step = TrainingStep(model, cfg, world)
+        for hook in step.hooks:
+            hook.begin(loop_at())
+        for i in range(4):
+            stage = schedule(cfg, i, i / 4)
+            for hook in step.hooks:
+                stage = hook.stage(stage, i, i / 4)
+            apply_stage(step.optimizers, stage)
+            step.take(*(t.chunk(world.size)[world.rank] for t in (tokens(model, 8, seed=i), tokens(model, 8, seed=i + 1))))
+            losses.append(step.grads.loss.item())
+        step.share_latent()
+        assert replicas_agree(model, world)
+    return losses
+
+
 # ---- Whole runs, and two processes
 
 
@@ -671,10 +819,13 @@ def losses_together(world: World) -> list[list[float]]:
     return found
 
 
-def test_two_processes_train_options_as_one_does(tmp_path):
+def test_two_processes_train_options_as_one_does(tmp_path, monkeypatch):
     """Every optimizer, every hook, the options of the model, and (of test_optimizer.py) matrices that are shared out."""
-    functions = ("test_optimizer.sharded_matrices", "test_options_training.steps_agree", "test_options_training.losses_together")
-    collectives, around, losses = on_processes(2, tmp_path, *functions)
+    functions = ("test_optimizer.sharded_matrices", "test_options_training.steps_agree", "test_options_training.losses_together",
+                 "test_options_training.starts_agree")  # fmt: skip
+    collectives, around, losses, starts = on_processes(2, tmp_path, *functions)
+    monkeypatch.chdir(tmp_path)
+    assert starts == pytest.approx(starts_agree(World()), rel=1e-6)
     assert collectives == ["all-reduce", *["reduce-scatter", "all-gather"] * 4] and len(around) == len(AROUND)
     for settings, ours, alone in zip(TOGETHER, losses, losses_together(World()), strict=True):
         assert ours == pytest.approx(alone, rel=1e-6), settings
