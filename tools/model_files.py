@@ -125,9 +125,9 @@ def check_tokenizer(path, loaded, digest, source, option):
     return Tokenizer(path, pieces, train_gpt.ByteTable.load(str(path), loaded.cfg.vocab_size))
 
 
-def shown(text, stream=sys.stdout):
+def shown(text):
     """The text as a terminal may have it: a model can write any byte, and some of them would steer the terminal."""
-    if not stream.isatty():
+    if not sys.stdout.isatty():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
