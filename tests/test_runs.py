@@ -6,6 +6,8 @@ import json
 import math
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 import run_logs
@@ -67,6 +69,12 @@ def test_a_run_is_shown_without_its_source(capsys):
     whole = (ROOT / "logs/R014_demo.txt").read_text()
     assert whole.endswith(out) and out.startswith("python:3.11.7") and out.count("\n") == 23 and 'result {"' in out
     assert tool("show", ROOT / "logs/R014_demo.txt") == 0 and capsys.readouterr().out == out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT}/tools/runs.py show R018_demo_seed7 | head -c 7; exit ${{PIPESTATUS[0]}}"],
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("python:", "", 141)
 
 
 def test_arms_are_compared_with_the_noise_between_their_seeds(tmp_path, capsys):

@@ -19,7 +19,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from model_files import load_model, load_tokenizer, shown
+from model_files import answer, load_model, load_tokenizer, shown
 from run_logs import OneLineParser, start
 from shard_io import UserError
 
@@ -247,18 +247,17 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    try:
-        if options.diff:
-            show_difference(*map(load_model, options.diff))
-        elif options.text is not None:
-            text, loaded = read_text(options.text), load_model(options.artifact)
-            show_text(loaded, load_tokenizer(loaded, options.tokenizer), text)
-        else:
-            show_artifact(load_model(options.artifact))
-    except (UserError, OSError) as error:
-        print(f"inspect_artifact.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: inspect(options))
+
+
+def inspect(options):
+    if options.diff:
+        show_difference(*map(load_model, options.diff))
+    elif options.text is not None:
+        text, loaded = read_text(options.text), load_model(options.artifact)
+        show_text(loaded, load_tokenizer(loaded, options.tokenizer), text)
+    else:
+        show_artifact(load_model(options.artifact))
 
 
 if __name__ == "__main__":

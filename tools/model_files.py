@@ -1,6 +1,6 @@
 """An artifact and its tokenizer, as the tools for people read them: found, checked, refused in one line.
 
-For sample.py, inspect_artifact.py and export_hf.py; this file is no command. An artifact holds no tokenizer. It is the one
+For sample.py, inspect_artifact.py, export_hf.py and, in part, runs.py; this file is no command. An artifact holds no tokenizer. It is the one
 that is given, else tokenizer.model beside the artifact, else the one that a log names whose result is this very file. Where a
 log or the manifest.json beside the artifact notes the tokenizer's SHA-256, another one is refused.
 """
@@ -132,5 +132,17 @@ def shown(text):
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def answer(work):
+    """Exit code of a tool's work: 0, or 2 after the line of a user's mistake. A reader that has gone away is none."""
+    try:
+        work()
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    not_a_command("tools/sample.py, tools/inspect_artifact.py and tools/export_hf.py")
+    not_a_command("tools/sample.py, inspect_artifact.py, export_hf.py and runs.py")

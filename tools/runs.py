@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from model_files import ROOT
+from model_files import ROOT, answer
 from run_logs import FREE_SETTINGS, OneLineParser, last_line, parse_object, read_run, scored_by, start
 from shard_io import UserError
 
@@ -245,16 +245,14 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    try:
-        if options.command == "list":
-            list_runs(options.logs)
-        else:
-            paths = [named_log(name, options.logs) for name in options.runs]
-            show_run(paths[0]) if options.command == "show" else compare_runs(paths, options.logs)
-    except (UserError, OSError) as error:
-        print(f"runs.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: do(options))
+
+
+def do(options):
+    if options.command == "list":
+        return list_runs(options.logs)
+    paths = [named_log(name, options.logs) for name in options.runs]
+    return show_run(paths[0]) if options.command == "show" else compare_runs(paths, options.logs)
 
 
 if __name__ == "__main__":

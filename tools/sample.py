@@ -20,7 +20,7 @@ import sys
 import time
 from functools import partial
 
-from model_files import load_model, load_tokenizer, shown
+from model_files import answer, load_model, load_tokenizer, shown
 from run_logs import OneLineParser, start
 from shard_io import UserError
 
@@ -311,18 +311,17 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    try:
-        if options.text is not None:
-            checked_text(options.text, "TEXT")
-        loaded = load_model(options.artifact)
-        tokenizer = load_tokenizer(loaded, options.tokenizer)
-        if options.text is None and not tokenizer.start():
-            raise UserError(f"{tokenizer.path}: no piece begins a document; expected TEXT to continue")
-        speak(loaded.model, tokenizer, options)
-    except (UserError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: write_text(options))
+
+
+def write_text(options):
+    if options.text is not None:
+        checked_text(options.text, "TEXT")
+    loaded = load_model(options.artifact)
+    tokenizer = load_tokenizer(loaded, options.tokenizer)
+    if options.text is None and not tokenizer.start():
+        raise UserError(f"{tokenizer.path}: no piece begins a document; expected TEXT to continue")
+    speak(loaded.model, tokenizer, options)
 
 
 def speak(model, tokenizer, options):
