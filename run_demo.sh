@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job on any machine: sets up what is missing, trains a ternary GPT on a corpus that needs no download, exports
-# it, scores what comes back from the bytes. Ends with a table and the `result {...}` line.
+# it, scores what comes back from the bytes. Ends with a table, two sentences that the model writes, and the `result {...}`
+# line.
 #
 #   bash run_demo.sh                             about 2 minutes of training on 2 CPU cores
 #   bash run_demo.sh --text FILE...              your own text: files or folders of .txt, .jsonl, .parquet
@@ -92,6 +93,13 @@ choose_names() {
   export ARTIFACT_PATH=${ARTIFACT_PATH-$folder/$RUN_ID.ternary.ptz}
 }
 
+# Two sentences that begin a document, always the same ones of a model. What goes wrong here is said, and ends no demo.
+write_sentences() {
+  [[ -s $ARTIFACT_PATH ]] || return 0
+  "$python" tools/sample.py "$ARTIFACT_PATH" --tokenizer "$TOKENIZER_PATH" --sentences 2 --tokens 100 --seed 42 || true
+  echo
+}
+
 main() {
   local python result status=0
   parse_options "$@"
@@ -110,6 +118,7 @@ main() {
   "$python" -u train_gpt.py | keep_result "$result" || status=${PIPESTATUS[0]}
   ((status == 0)) || exit "$status"
   "$python" tools/demo_table.py "$result" --manifest "$DATA_PATH/manifest.json" --artifact "$ARTIFACT_PATH"
+  write_sentences
   cat "$result"
 }
 
