@@ -11,7 +11,7 @@ function nearest(places, at) {
 }
 
 for (const figure of document.querySelectorAll("figure.chart")) {
-  const svg = figure.querySelector("svg"), output = figure.querySelector("output"), cross = svg.querySelector(".cross");
+  const svg = figure.querySelector("svg.wide"), output = figure.querySelector("output"), cross = svg.querySelector(".cross");
   const dots = [...svg.querySelectorAll(".dot")];
   const { axis, series } = JSON.parse(figure.querySelector("script").textContent);
   const places = [...new Set(series.flatMap((s) => s.px))].sort((a, b) => a - b);

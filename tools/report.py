@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import compliance
 import plot_logs
 import report_model
-from report_page import esc, histogram, line_chart, note, number, page, section, stacked_bars, table
+from report_page import esc, histogram, line_chart, name_of, note, number, page, section, stacked_bars, table
 from run_logs import BUDGET_BYTES, FREE_SETTINGS, OneLineParser, Run, check_same, read_run, scored_by, start
 from shard_io import UserError, sha256_file
 
@@ -160,6 +160,8 @@ def with_difference(value, first, digits):
     if value is None:
         return ""
     text = esc(number(value, digits))
+    if first is not None and value == first:
+        return f'{text} <span class="difference">(=)</span>'
     if first is None or not isinstance(value, (int, float)) or not isinstance(first, (int, float)):
         return text
     return f'{text} <span class="difference">({value - first:+,.{digits}f})</span>'
@@ -192,14 +194,18 @@ def settings_section(subjects):
     names = dict.fromkeys(name for s in subjects for name in s.run.config)
     rows, marked = [], []
     for name in names:
-        values = [s.run.config.get(name, "") for s in subjects]
         usual = [own.get(name, "") for own in defaults]
-        differs = len({repr(value) for value in values}) > 1
-        if name in FREE_SETTINGS - {"seed"} or not differs and all(v == u for v, u in zip(values, usual, strict=True)):
+        # what an older program does not have is as if it stood at the default of one that has it
+        known = next((own[name] for own in defaults if name in own), "")
+        values = [s.run.config.get(name, known) for s in subjects]
+        differs = len({setting_text(value) for value in values}) > 1
+        at_default = all(name not in s.run.config or s.run.config[name] == u for s, u in zip(subjects, usual, strict=True))
+        if name in FREE_SETTINGS - {"seed"} or at_default and not differs:
             continue
         if differs:
             marked.append(len(rows))
-        rows.append([f"<code>{esc(name.upper())}</code>", esc(setting_text(usual[0])), *(esc(setting_text(value)) for value in values)])
+        shown = [known, *(s.run.config.get(name, "-") for s in subjects)]
+        rows.append([name_of(name.upper()), *(esc(setting_text(value)) for value in shown)])
     columns = ["setting", "default", *(esc(s.name) for s in subjects)]
     own = all(program_defaults(s.run.code) for s in subjects)
     said = "Settings that differ from the defaults of " + ("the program that ran." if own else "train_gpt.py as it is now.")
@@ -229,8 +235,8 @@ def curves_section(subjects, smooth):
     subjects = [(i, s) for i, s in enumerate(subjects) if s.curve]
     if not subjects:
         return section("curves", "Curves", note("Nothing was trained: the run only scored an artifact."))
-    inputs = "".join(f'<input type="radio" name="axis" id="{name}"{" checked" if name == "by-time" else ""}><label for="{name}">against {axis}</label>'
-                     for name, axis in AXES.items())  # fmt: skip
+    inputs = "".join(f'<span class="choice"><input type="radio" name="axis" id="{name}"{" checked" if name == "by-time" else ""}>'
+                     f'<label for="{name}"> against {axis}</label></span>' for name, axis in AXES.items())  # fmt: skip
     charts, missing = [], {}
     for name, axis in AXES.items():
         charts += [chart for value in plot_logs.CURVES if (chart := curve_chart(subjects, value, axis, name, smooth, missing))]
@@ -321,7 +327,7 @@ class Views:
             zeros = "" if layer.zeros is None else f"{100 * layer.zeros:.1f}"
             what = f"scales of {layer.name}, {found.low:.2g} to {found.high:.2g}: {', '.join(map(str, layer.scales))}; empty groups: {layer.empty}"
             picture = histogram(layer.scales, what) if layer.scales and sum(layer.scales) else ""
-            rows.append([f"<code>{esc(layer.name)}</code>", " x ".join(map(str, layer.shape)), esc(layer.storage), zeros, picture])
+            rows.append([name_of(layer.name), " x ".join(map(str, layer.shape)), esc(layer.storage), zeros, picture])
         said = f"Histograms of the groups' scales, {found.low:.2g} to {found.high:.2g}, logarithmic. " * any(layer.scales for layer in found.matrices)
         others = f"Besides, {found.others} small parameters of {found.other_weights:,} numbers."
         return table(["matrix", "shape", "stored as", "zeros, %", "scales"], rows, numeric=(3,)) + note(said + others)

@@ -70,7 +70,7 @@ def layers_of(model):
     """The Layers of a frozen model, in the artifact's order."""
     matrices, scales, others = [], {}, []
     for name, module, p, role in trainer().saved_parameters(model):
-        if p.ndim != 2:
+        if p.ndim != 2 or role.storage == "control":
             others.append(p.numel())
         elif role.storage != "ternary":
             matrices.append(Layer(name, tuple(p.shape), role.storage))

@@ -16,7 +16,7 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3")
 MARKS = ("circle", "square", "triangle", "diamond")
 COLOURS = 7  # --s0 ... in report.css
 WIDTH, HEIGHT = 760, 330
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 78, 16, 12, 52
 MOST_POINTS = 600  # of a curve
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -25,6 +25,11 @@ def esc(value):
     """Any value as text of the page. What is no character of HTML (controls, half characters) becomes U+FFFD."""
     text = str(value).encode(errors="replace").decode()
     return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+
+
+def name_of(value):
+    """A name of code, which may be broken after its dots and underscores."""
+    return f"<code>{esc(value).replace('_', '_<wbr>').replace('.', '.<wbr>')}</code>"
 
 
 def embedded(value):
@@ -121,7 +126,7 @@ def line_chart(title, x_axis, y_axis, curves, kind="", top=None):
     parts.append(f'<line class="cross" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     clip = f'<clipPath id="{inside}"><rect x="{LEFT}" y="{TOP - 2}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>'
     picture = f'<svg class="wide" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(title)}: {esc(y_axis)} against {esc(x_axis)}; arrow keys show values">{clip}{"".join(parts)}</svg>'
-    return (f'<figure class="chart {kind}"><figcaption>{esc(title)}</figcaption>{legend(rows)}<div class="scroll">{picture}</div>'
+    return (f'<figure class="chart {kind}"><figcaption>{esc(title)}; {esc(y_axis)}</figcaption>{legend(rows)}<div class="scroll">{picture}</div>'
             f'<output aria-live="polite"></output><script type="application/json">{embedded({"axis": x_axis, "series": data})}</script></figure>')  # fmt: skip
 
 
@@ -131,11 +136,11 @@ def frame(xs, ys, at_x, at_y, x_axis, y_axis):
     lines = [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
              f'<text x="{LEFT - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{tick_text(y)}</text>' for y in ys]  # fmt: skip
     lines += [f'<line class="grid" x1="{at_x(x):.1f}" x2="{at_x(x):.1f}" y1="{TOP}" y2="{bottom}"/>'
-              f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">{tick_text(x)}</text>' for x in xs]  # fmt: skip
+              f'<text x="{at_x(x):.1f}" y="{bottom + 20}" text-anchor="middle">{tick_text(x)}</text>' for x in xs]  # fmt: skip
     lines.append(f'<path class="axis" fill="none" d="M{LEFT},{TOP}V{bottom}H{right}"/>')
     lines.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{esc(x_axis)}</text>')
     middle = (TOP + bottom) / 2
-    lines.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{esc(y_axis)}</text>')
+    lines.append(f'<text class="vertical" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{esc(y_axis)}</text>')
     return "".join(lines)
 
 
@@ -153,13 +158,13 @@ def legend(rows):
 
 def stacked_bars(title, rows, unit):
     """A figure of bars: (name, {part: size}); each part has its fill, and a pattern where fills are alike in grey."""
-    height, gap, left = 44, 22, 8
+    height, gap, left = 44, 30, 2
     most = max(sum(sizes.values()) for _, sizes in rows) or 1
-    across = WIDTH - 2 * left - 76
+    across = WIDTH - 2 * left - 110
     parts, names = [], list(rows[0][1])
     for n, (name, sizes) in enumerate(rows):
-        y, x = n * (height + gap) + 18, float(left)
-        parts.append(f'<text x="{left}" y="{y - 5}">{esc(name)}</text>')
+        y, x = n * (height + gap) + 25, float(left)
+        parts.append(f'<text x="{left}" y="{y - 6}">{esc(name)}</text>')
         for i, (part, size) in enumerate(sizes.items()):
             w = across * size / most
             label = f"{part}: {size:,} {unit}"
@@ -168,7 +173,7 @@ def stacked_bars(title, rows, unit):
                 parts.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="url(#hatch{i % 5})"/>')
             parts.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="none" stroke="var(--ink)" stroke-width="0.7"/></g>')
             x += w
-        parts.append(f'<text class="outside" x="{x + 6:.1f}" y="{y + height / 2 + 5}">{sum(sizes.values()):,}</text>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + height / 2 + 5}">{sum(sizes.values()):,}</text>')
     hatches = ('<pattern id="hatch2" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line x1="0" x2="0" y1="0" y2="7" stroke="#000" stroke-width="1.6"/></pattern>'
                '<pattern id="hatch3" width="7" height="7" patternUnits="userSpaceOnUse"><circle cx="3.5" cy="3.5" r="1.2" fill="#000"/></pattern>')  # fmt: skip
     keys = "".join(f'<li><svg viewBox="0 0 48 14" aria-hidden="true"><rect width="48" height="14" fill="var(--f{i % 5})" stroke="var(--ink)"/>'
