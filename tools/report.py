@@ -452,7 +452,7 @@ def report(subjects, options):
 
 
 def parse_arguments(argv):
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
     parser.add_argument("--out", type=Path, metavar="HTML", help="default: the first log's name, ending in .html")
     parser.add_argument("--artifact", type=Path, action="append", default=[], metavar="FILE", help="a run's artifact; once for each")
