@@ -11,7 +11,7 @@
 #   TRAIN_PYTHON=python3 bash run_demo.sh        an interpreter that has the requirements: nothing is installed
 #   WORK_DIR=FOLDER bash run_demo.sh             .venv, data, logs and artifacts there: for a checkout that cannot be written
 #
-# The artifact lies beside the shards (where they cannot be written: beside the log) and is named at the end. Paths in
+# With matplotlib (bash setup.sh --tests) it draws the run, beside its log. The artifact lies beside the shards (where they cannot be written: beside the log) and is named at the end. Paths in
 # variables are relative to this folder, those after --text to where you are. The exit code is the trainer's.
 case $- in *p*) ;; *) POSIXLY_CORRECT=1 && \exec bash -p "$0" "$@" ;; esac # without what the user's shell exports
 set -euo pipefail
@@ -100,6 +100,17 @@ write_sentences() {
   echo
 }
 
+# draw_picture RESULT: the run of a result line as a picture beside its log, where there is matplotlib; a picture that fails
+# fails alone. What only scored an artifact has no curves.
+draw_picture() {
+  local log
+  [[ ! ${EVAL_ONLY:-0} =~ ^(1|[Tt]rue)$ ]] || return 0
+  log=$("$python" -c 'import json, sys; print(json.loads(sys.stdin.read().partition(" ")[2]).get("log_path", ""))' <"$1")
+  [[ -n $log ]] && "$python" -c 'import matplotlib' 2>/dev/null || return 0
+  "$python" tools/plot_logs.py "$log" --value overview --out "${log%.txt}.png" || return 0
+  say "picture ${log%.txt}.png"
+}
+
 main() {
   local python result status=0
   parse_options "$@"
@@ -119,6 +130,7 @@ main() {
   ((status == 0)) || exit "$status"
   "$python" tools/demo_table.py "$result" --manifest "$DATA_PATH/manifest.json" --artifact "$ARTIFACT_PATH"
   write_sentences
+  draw_picture "$result"
   cat "$result"
 }
 

@@ -7,11 +7,21 @@
     python bench/arms.py switches --steps 400 --jobs 2                         switches one at a time, equal steps
     python bench/arms.py band --steps 400 --jobs 2                             banded attention against sliding windows
     python bench/arms.py free --preset configs/demo.env --arm "" --arm "MODEL_DIM=384 MATRIX_LR=.02"
+    python bench/arms.py sweep --preset configs/demo.env --set "MATRIX_LR=.01:.08:4log" --set "WARMDOWN_FRACTION=.3,.5"
+    python bench/arms.py sweep --preset configs/demo.env --set "MATRIX_LR=.005:.1:log MODEL_DIM=128,192" --draws 8
     python bench/arms.py recipe --proxy P1 --table                             the table again, no run
 
 Length. --steps, --tokens (of training, rounded down to steps) or --seconds (of training). Without one `recipe` has its
 proxy's tokens and `free` its preset's budget. Settings that count steps scale with the run, but not in `free`, which
 runs a preset as its user would. The environment's settings of the trainer do not reach a run.
+
+Sweep. Each word of --set is a setting and its values; all combinations run, against the preset itself.
+    KEY=A,B,C           these values
+    KEY=LOW:HIGH:4      4 values, evenly spaced, both ends among them; whole ones where the setting counts something
+    KEY=LOW:HIGH:4log   4 values, each by the same factor larger than the one before
+    KEY=LOW:HIGH        any value between them, with --draws; LOW:HIGH:log: small ones as often as large ones
+--draws N takes N combinations at random instead, the same ones for the same --draw-seed: with a larger N those before
+are among them.
 
 Data. --data is what a data folder's path begins with, its vocabulary left out: data/corpus/sp for data/corpus/sp1024,
 as `tools/prepare_data.py corpus` makes them; or such a folder itself. `recipe` scores the run's artifact on
@@ -22,7 +32,8 @@ run that is there with the same settings is not repeated, a failed one is; so a 
 it stopped. All runs of a folder execute OUT/train_gpt.py, copied there at the first start from the working tree or
 --code, since the working tree changes while a batch runs for hours. Logs for tools/plot_logs.py:
 OUT/logs/<arm>_seed<seed>.txt. With --jobs N each run has one thread and, from two on, a core of its own, so that all of
-them meet the same load.
+them meet the same load. With --gpus 0,1 a run has one of these GPUs (CUDA_VISIBLE_DEVICES) for itself, and as many run
+at once. At the end the table stands in OUT/table.md and, where matplotlib is there, its differences in OUT/effects.png.
 
 Table. Bits per byte are means over the seeds; `mean` is that of both sets, and `s.e.` and the differences against the
 first arm are of it. A difference is that of the means, with Welch's standard error; "paired by seed" is over the seeds
@@ -42,11 +53,13 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.machinery import SourceFileLoader
@@ -56,6 +69,22 @@ from typing import Any, NamedTuple, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+import plot_logs  # noqa: E402
+from arm_results import (  # noqa: E402
+    Scores,
+    append_result,
+    estimate,
+    failure,
+    identity,
+    identity_of,
+    in_order,
+    paired,
+    read_results,
+    said_of,
+    scores_of,
+    spread_of_one,
+    welch,
+)
 from run_logs import start  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- sizes
@@ -231,6 +260,87 @@ def free_arms(arms: Iterable[str]) -> dict[str, Arm]:
     return {arm or "(preset)": Arm(arm, published_steps=0) for arm in arms}
 
 
+# -------------------------------------------------------------------------------------------------- sweeps
+
+MOST_ARMS, MOST_VALUES = 1000, 100
+DECIMAL = r"[+-]?(?:\d{1,15}\.?\d{0,15}|\.\d{1,15})(?:e[+-]?\d{1,2})?"
+SPAN = re.compile(rf"({DECIMAL}):({DECIMAL})(?::(\d{{0,6}})(log)?)?", re.I)
+
+
+class Range(NamedTuple):
+    """Values between two ends; whole ones of a setting that counts."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def at(self, share: float) -> str:
+        """The value that lies this far between the ends."""
+        x = self.low * (self.high / self.low) ** share if self.log else self.low + (self.high - self.low) * share
+        return str(round(x)) if self.whole else f"{x:.4g}"
+
+
+def axis_of(word: str, config: type) -> tuple[str, list[str] | Range]:
+    """(setting, its values or a range to draw from) of a word of --set; BadArguments unless it is one."""
+    key, equals, text = word.partition("=")
+    if not equals or key not in setting_names(config) - {*PATHS, "SEED", "RUN_ID"}:
+        raise BadArguments(f"--set {word!r}: expected a setting of train_gpt.py and its values, such as MATRIX_LR=.01,.02")
+    if ":" not in text:
+        values = text.split(",")
+        if "" in values:
+            raise BadArguments(f"--set {word!r}: a value is empty")
+        return key, list(dict.fromkeys(values))
+    found = SPAN.fullmatch(text)
+    if not found or found[3] == "" and not found[4]:
+        raise BadArguments(f"--set {word!r}: expected {key}=LOW:HIGH, LOW:HIGH:log, LOW:HIGH:COUNT or LOW:HIGH:COUNTlog")
+    low, high, count = float(found[1]), float(found[2]), found[3]
+    default = getattr(config, key.lower(), None)
+    if isinstance(default, (bool, str)) or default is None:
+        raise BadArguments(f"--set {word!r}: {key} is no number; expected {key}=A,B,C")
+    if not low < high or found[4] and low <= 0:
+        raise BadArguments(f"--set {word!r}: expected LOW below HIGH" + (", and both above 0" if found[4] else ""))
+    span = Range(low, high, bool(found[4]), isinstance(default, int))
+    if not count:
+        return key, span
+    if not 2 <= int(count) <= MOST_VALUES:
+        raise BadArguments(f"--set {word!r}: {count} values, expected 2 to {MOST_VALUES}")
+    return key, list(dict.fromkeys(span.at(i / (int(count) - 1)) for i in range(int(count))))
+
+
+def grid(axes: dict[str, list[str] | Range]) -> list[str]:
+    """The settings of every combination; BadArguments for a range without a count, or too many."""
+    for key, values in axes.items():
+        if isinstance(values, Range):
+            raise BadArguments(f"--set {key}: LOW:HIGH is drawn from, so it needs --draws; LOW:HIGH:COUNT does not")
+    if (count := math.prod(map(len, axes.values()))) > MOST_ARMS:
+        raise BadArguments(f"--set: {count:,} combinations, expected at most {MOST_ARMS:,}; --draws N takes some of them")
+    return [" ".join(map("=".join, zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def draw(axes: dict[str, list[str] | Range], count: int, seed: int) -> list[str]:
+    """`count` different combinations at random; BadArguments if there are not as many."""
+    source, found = random.Random(seed), {}
+    for _ in range(100 * count):
+        shares = {key: source.random() for key in axes}
+        values = {key: v.at(shares[key]) if isinstance(v, Range) else v[int(len(v) * shares[key])] for key, v in axes.items()}
+        found[" ".join(map("=".join, values.items()))] = None
+        if len(found) == count:
+            return list(found)
+    raise BadArguments(f"--draws {count}: only {len(found)} different combinations were found")
+
+
+def sweep_arms(words: Iterable[str], draws: int, seed: int, config: type) -> dict[str, Arm]:
+    """The preset itself, and the combinations of a sweep's words."""
+    axes: dict[str, list[str] | Range] = {}
+    for word in words:
+        key, values = axis_of(word, config)
+        if key in axes:
+            raise BadArguments(f"--set {word!r}: {key} is there already")
+        axes[key] = values
+    return free_arms(["", *(draw(axes, draws, seed) if draws else grid(axes))])
+
+
 GROUPS = {"systems": lambda: SYSTEMS, "switches": switch_arms, "band": band_arms}
 
 
@@ -391,6 +501,7 @@ class Batch(NamedTuple):
     config: type  # its Config
     web: bool = False  # score the artifact on the web text too
     jobs: int = 0  # runs at once, of one thread each; 0: one with all threads
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; a run each
 
 
 class Runner:
@@ -399,12 +510,23 @@ class Runner:
     def __init__(self, batch: Batch) -> None:
         self.batch, self.file, self.children, self.stopped = batch, batch.out / "results.jsonl", set(), False
         (batch.out / "logs").mkdir(parents=True, exist_ok=True)
-        self.cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        self.cores, self.own = sorted(os.sched_getaffinity(0)), threading.local()
+        self.places = itertools.cycle(batch.gpus or self.cores)
 
-    def take_a_core(self) -> None:
-        """Pins the calling thread, and so the processes that it starts. One job alone may move to an idle core."""
-        if self.batch.jobs > 1:
-            os.sched_setaffinity(0, {next(self.cores)})
+    def take_a_place(self) -> None:
+        """Gives the calling thread, and so the processes that it starts, a GPU or a core. One job alone may move to an idle
+        core."""
+        if self.batch.gpus:
+            self.own.gpu = next(self.places)
+        elif self.batch.jobs > 1:
+            os.sched_setaffinity(0, {next(self.places)})
+
+    def share(self) -> dict[str, str]:
+        """What tells a run of the calling thread its part of the machine."""
+        if self.batch.gpus:
+            threads = max(1, len(self.cores) // len(self.batch.gpus))
+            return {"CUDA_VISIBLE_DEVICES": self.own.gpu, "OMP_NUM_THREADS": str(threads)}
+        return {"OMP_NUM_THREADS": "1"} if self.batch.jobs else {}
 
     def execute(self, env: dict[str, str]) -> dict[str, Any]:
         """One process of the trainer: its result, or {"error": the last line it said}."""
@@ -431,7 +553,7 @@ class Runner:
         env = {k: v for k, v in os.environ.items() if k not in names}  # the shell's settings are no arm's
         # else git, above the out folder, would name a commit that the snapshot does not stand at
         env["GIT_CEILING_DIRECTORIES"] = str(self.batch.out.resolve().parent)
-        env |= {"OMP_NUM_THREADS": "1"} if self.batch.jobs else {}
+        env |= self.share()
         env |= settings | {"RUN_ID": name, "SEED": str(seed), "ARTIFACT_PATH": str(artifact), "DATA_PATH": str(folder),
                            "TOKENIZER_PATH": str(folder / "tokenizer.model")}  # fmt: skip
         try:
@@ -449,7 +571,7 @@ class Runner:
                   for seed in seeds for arm, settings in arms.items()}  # fmt: skip
         known = {key: r for r in read_results(self.file) if not failure(r) and (key := identity_of(r)) in wanted}
         records, todo = list(known.values()), [job for key, job in wanted.items() if key not in known]
-        pool = ThreadPoolExecutor(max(1, self.batch.jobs), initializer=self.take_a_core)
+        pool = ThreadPoolExecutor(len(self.batch.gpus) or max(1, self.batch.jobs), initializer=self.take_a_place)
         try:
             runs = [pool.submit(self.run, *job) for job in todo]
             for number, done in enumerate(as_completed(runs), 1):
@@ -471,141 +593,7 @@ def file_name(arm: str) -> str:
     return name if len(name) <= 50 else f"{name[:43]}_{hashlib.sha256(arm.encode()).hexdigest()[:6]}"
 
 
-# -------------------------------------------------------------------------------------------------- records
-
-# What a table computes with, and what it shows where it is there
-NEEDED = {"result": ("val_bpb", "roundtrip_val_bpb", "steps"), "web": ("roundtrip_val_bpb",)}
-SHOWN = ("sliding_val_bpb", "ms_per_step", "params", "artifact_bytes", "zero_frac")
-
-
-def identity(arm: str, seed: int, settings: dict[str, str]) -> tuple[str, int, str]:
-    return arm, seed, json.dumps(settings, sort_keys=True)
-
-
-def identity_of(record: dict[str, Any]) -> tuple[str, int, str]:
-    return identity(record["arm"], record["seed"], record["settings"])
-
-
-def failure(record: dict[str, Any]) -> str:
-    """Why a run has no scores; "" for one that has."""
-    parts = (record, record.get("result", {}), record.get("web", {}))
-    return next((part["error"] for part in parts if "error" in part), "")
-
-
-def said_of(record: dict[str, Any]) -> str:
-    if failure(record):
-        return failure(record)
-    web = f", {record['web']['roundtrip_val_bpb']:.4f} on the web text" if "web" in record else ""
-    return "{val_bpb:.4f} bits per byte, {steps} steps".format(**record["result"]) + web
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; lines that an interruption left half-written, or that are no record, are named and left out."""
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-            problem = "" if record is None else problem_of_record(record)
-        except (ValueError, RecursionError):
-            record, problem = None, "half a record"
-        if problem:
-            print(f"{path}, line {number}: {problem}, left out", file=sys.stderr)
-        elif record is not None:
-            records.append(record)
-    return records
-
-
-def problem_of_record(record: Any) -> str:
-    """Why a line of results.jsonl is no record that a table can show; "" if it is one."""
-    parts = [record, *(record.get(name, {}) for name in ("settings", "result", "web"))] if isinstance(record, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        return "not a record"
-    if not isinstance(record.get("arm"), str) or not is_number(record.get("seed")) or "settings" not in record:
-        return "a record without arm, seed or settings"
-    if failure(record):
-        return ""
-    for part in ("result", "web")[: 1 + ("web" in record)]:
-        missing = [name for name in NEEDED[part] if not is_number(record.get(part, {}).get(name))]
-        odd = [name for name in SHOWN if record.get(part, {}).get(name) is not None and not is_number(record[part][name])]
-        if missing or odd:
-            return f"a record whose {part} has no number as {', '.join(missing or odd)}"
-    return ""
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
-
-
-def append_result(path: Path, record: dict[str, Any]) -> None:
-    """A line of its own, also behind a line that was not finished."""
-    with path.open("ab+") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
-        f.write((b"" if f.read() in (b"", b"\n") else b"\n") + json.dumps(record).encode() + b"\n")
-
-
-def in_order(records: list[dict[str, Any]], arms: list[str]) -> list[dict[str, Any]]:
-    """The newest record of each arm and seed: arms in the order of the list, others behind them as they came."""
-    newest = {(r["arm"], r["seed"]): r for r in records}
-    order = list(dict.fromkeys([*arms, *(arm for arm, _ in newest)]))
-    return sorted(newest.values(), key=lambda r: (order.index(r["arm"]), r["seed"]))
-
-
 # -------------------------------------------------------------------------------------------------- the table
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds and its standard error, None where one seed cannot tell."""
-
-    mean: float
-    error: float | None
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-    values = list(values)
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(statistics.fmean(values), error, len(values))
-
-
-def welch(new: Iterable[float], base: Iterable[float]) -> Estimate:
-    """Difference of two means; each arm's own spread makes its error."""
-    a, b = estimate(new), estimate(base)
-    error = None if a.error is None or b.error is None else math.hypot(a.error, b.error)
-    return Estimate(a.mean - b.mean, error, min(a.count, b.count))
-
-
-def paired(new: dict[int, float], base: dict[int, float]) -> Estimate | None:
-    """Mean difference over the seeds that both have."""
-    differences = [new[seed] - base[seed] for seed in sorted(new.keys() & base.keys())]
-    return estimate(differences) if differences else None
-
-
-class Scores(NamedTuple):
-    """An arm's finished runs, by seed."""
-
-    arm: str
-    runs: dict[int, dict[str, Any]]  # seed -> record
-
-    def of(self, part: str, key: str) -> dict[int, float]:
-        """Seed -> a score of "result" or "web"; empty unless every run has it."""
-        found = {seed: run.get(part, {}).get(key) for seed, run in self.runs.items()}
-        return {} if None in found.values() else found
-
-    def both(self, key: str, web_key: str) -> dict[int, float]:
-        """Seed -> the mean of both sets, or the score of the one there is."""
-        own, web = self.of("result", key), self.of("web", web_key)
-        return {seed: (own[seed] + web[seed]) / 2 for seed in own} if web else own
-
-    @property
-    def chunked(self) -> dict[int, float]:
-        return self.both("val_bpb", "roundtrip_val_bpb")
-
-    @property
-    def sliding(self) -> dict[int, float]:
-        return self.both("sliding_val_bpb", "sliding_val_bpb")
 
 
 def row(scores: Scores, first: Scores, reason: str) -> dict[str, str]:
@@ -644,9 +632,8 @@ def spread_line(first: Scores) -> str:
     if len(values) < 2:
         return f"{name}: one seed, so nothing is known of the spread"
     deviation, low, high = statistics.stdev(values), min(values), max(values)
-    single = deviation * math.sqrt(1 + 1 / len(values))
     return (f"{name}: {len(values)} seeds from {low:.4f} to {high:.4f}, standard deviation {deviation:.4f}; if another "
-            f"arm's seeds spread as much, the difference of one has a standard error of {single:.4f}")  # fmt: skip
+            f"arm's seeds spread as much, the difference of one has a standard error of {spread_of_one(first):.4f}")  # fmt: skip
 
 
 def warnings(done: list[Scores]) -> list[str]:
@@ -662,32 +649,51 @@ def warnings(done: list[Scores]) -> list[str]:
     return found
 
 
-def print_table(records: list[dict[str, Any]], reasons: dict[str, str] | None = None) -> bool:
-    """The Markdown table of records in their order; False if a run failed or an artifact scored otherwise than its
-    model."""
+def table_of(records: list[dict[str, Any]], reasons: dict[str, str] | None = None) -> tuple[str, bool]:
+    """(the Markdown table of records in their order, False if a run failed or an artifact scored otherwise than its
+    model)."""
+    lines = []
     good, failed = [r for r in records if not failure(r)], [r for r in records if failure(r)]
-    arms = dict.fromkeys(r["arm"] for r in good)
-    done = [Scores(arm, {r["seed"]: r for r in good if r["arm"] == arm}) for arm in arms]
+    done = scores_of(good)
     if done:
         rows = [row(scores, done[0], (reasons or {}).get(scores.arm, "")) for scores in done]
         columns = [column for column in rows[0] if any(r[column] for r in rows)]
-        print(spread_line(done[0]) + "\n")
-        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for cells in rows:
-            print(f"| {' | '.join(cells[column] for column in columns)} |")
+        lines += [spread_line(done[0]) + "\n", f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(cells[column] for column in columns)} |" for cells in rows]
     notes = warnings(done) + [f"FAILED: {r['arm']}, seed {r['seed']}: {failure(r)}" for r in failed]
     inexact = [r for r in good if r["result"]["roundtrip_val_bpb"] != r["result"]["val_bpb"]]
     notes += [f"NOT EXACT: {r['arm']}, seed {r['seed']}: the model scored {r['result']['val_bpb']!r}, its artifact "
               f"{r['result']['roundtrip_val_bpb']!r}" for r in inexact]  # fmt: skip
-    print("".join(f"\n{note}" for note in notes) + "\n" * bool(notes), end="")
-    return not failed and not inexact
+    return "\n".join([*lines, *[""][: bool(notes)], *notes]), not failed and not inexact
+
+
+def print_table(records: list[dict[str, Any]], reasons: dict[str, str] | None = None) -> bool:
+    text, good = table_of(records, reasons)
+    print(text)
+    return good
+
+
+def publish(out: Path, records: list[dict[str, Any]], reasons: dict[str, str]) -> bool:
+    """Print the table, and keep it in OUT, with its picture. Returns as `print_table` does."""
+    text, good = table_of(records, reasons)
+    print(text, flush=True)
+    unfinished = out / "table.part"
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(out / "table.md")
+    done = scores_of(records)
+    if len(done) > 1 and plot_logs.has_matplotlib():
+        try:
+            plot_logs.save(plot_logs.effects_figure(done), out / "effects.png")
+        except (OSError, ImportError, RuntimeError, ValueError) as error:  # the results are there without it
+            print(f"{Path(__file__).name}: no picture: {error}", file=sys.stderr)
+    return good
 
 
 # -------------------------------------------------------------------------------------------------- command line
 
 
 # Of the options that are numbers; a week, and more jobs than any machine has cores
-MOST = {"steps": 100_000_000, "tokens": 10**13, "seconds": 604_800, "jobs": 1024}
+MOST = {"steps": 100_000_000, "tokens": 10**13, "seconds": 604_800, "jobs": 1024, "draws": MOST_ARMS}
 
 
 class Parser(argparse.ArgumentParser):
@@ -703,19 +709,31 @@ def whole_numbers(text: str) -> list[int]:
     return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
+def devices(text: str) -> tuple[str, ...]:
+    """Names of GPUs: numbers, or what `nvidia-smi -L` calls them."""
+    names = text.split(",")
+    if not all(re.fullmatch(r"\d{1,3}|(?:GPU|MIG)-[A-Za-z0-9/-]{1,80}", name) for name in names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text}: expected different GPUs and commas, such as 0,1")
+    return tuple(names)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("group", choices=(*GROUPS, "recipe", "free"))
+    parser.add_argument("group", choices=(*GROUPS, "recipe", "free", "sweep"))
     parser.add_argument("--proxy", choices=PROXIES, help="recipe: the size")
-    parser.add_argument("--preset", type=Path, help="free: a file of KEY=VALUE lines; without one, the defaults")
+    parser.add_argument("--preset", type=Path, help="free, sweep: a file of KEY=VALUE lines; without one, the defaults")
     parser.add_argument("--arm", action="append", default=[], metavar="SETTINGS",
                         help='free, recipe: "KEY=VALUE ..." on top of the preset; "": the preset itself')  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="VALUES", help='sweep: "KEY=A,B,C" or "KEY=LOW:HIGH:COUNT"')
+    parser.add_argument("--draws", type=int, metavar="N", help="sweep: so many combinations at random; default: all")
+    parser.add_argument("--draw-seed", type=int, metavar="N", help="sweep: of the draws; default 0")
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--tokens", type=int, help="or tokens that it trains on")
     parser.add_argument("--seconds", type=float, help="or seconds that it trains for")
     parser.add_argument("--seeds", type=whole_numbers, default=[42], metavar="A,B,C")
     parser.add_argument("--jobs", type=int, metavar="N",
                         help="runs at once, a thread each; default: recipe 1, others all threads for one")  # fmt: skip
+    parser.add_argument("--gpus", type=devices, default=(), metavar="A,B", help="a run on each of these GPUs at once")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms, the first of them as the base")
     parser.add_argument("--full", action="store_true", help="systems: the presets at their own size, for a GPU")
     parser.add_argument("--sliding", action="store_true", help="recipe: score windows that overlap by half too")
@@ -732,8 +750,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def problem_of(args: argparse.Namespace) -> str:
     """What is wrong with the arguments, as far as they tell by themselves; "" if nothing is."""
     lengths = [f"--{name}" for name in ("steps", "tokens", "seconds") if getattr(args, name)]
-    own = {"recipe": {"proxy", "sliding", "arm"}, "free": {"preset", "arm"}, "systems": {"full"}}.get(args.group, set())
-    foreign = [f"--{name}" for name in ("proxy", "preset", "arm", "full", "sliding")
+    own = {"recipe": {"proxy", "sliding", "arm"}, "free": {"preset", "arm"}, "sweep": {"preset", "set", "draws", "draw_seed"}, "systems": {"full"}}.get(args.group, set())
+    foreign = [f"--{name.replace('_', '-')}" for name in ("proxy", "preset", "arm", "full", "sliding", "set", "draws", "draw_seed")
                if getattr(args, name) and name not in own]  # fmt: skip
     if foreign:
         return f"{args.group} has no {', '.join(foreign)}"
@@ -749,6 +767,10 @@ def problem_of(args: argparse.Namespace) -> str:
         return f"recipe: expected --proxy {' or '.join(PROXIES)}" + ", or --out, for its table" * args.table
     if args.group == "free" and not args.arm:
         return 'free: expected at least one --arm "KEY=VALUE ..."'
+    if args.group == "sweep" and not any(text.split() for text in args.set):
+        return 'sweep: expected at least one --set "KEY=A,B,C"'
+    if args.jobs and args.gpus:
+        return "--jobs and --gpus: expected one of them"
     if args.group in GROUPS and not lengths:
         return f"{args.group}: expected --steps, --tokens or --seconds"
     return ""
@@ -760,15 +782,35 @@ def arms_of(args: argparse.Namespace) -> dict[str, Arm]:
         proxies = [args.proxy] if args.proxy else list(PROXIES)
         arms = {name: arm for proxy in proxies for name, arm in recipe_arms(proxy, args.arm).items()}
     else:
-        arms = free_arms(args.arm) if args.group == "free" else GROUPS[args.group]()
+        arms = own_arms(args) if args.group in ("free", "sweep") else GROUPS[args.group]()
     if not args.table and (unknown := [name for name in args.only or () if name not in arms]):
         raise BadArguments(f"--only {' '.join(map(repr, unknown))}: expected some of {', '.join(map(repr, arms))}")
     return arms
 
 
+def own_arms(args: argparse.Namespace) -> dict[str, Arm]:
+    """The arms that the user has made up. Whether a setting counts something, the trainer knows."""
+    if args.group == "free":
+        return free_arms(args.arm)
+    words = [word for text in args.set for word in text.split()]
+    return sweep_arms(words, args.draws or 0, args.draw_seed or 0, load_config(code_of(args)))
+
+
+def out_of(args: argparse.Namespace) -> Path:
+    return args.out or ROOT / f"data/bench/{args.group}{f'_{args.proxy}' if args.proxy else ''}"
+
+
+def code_of(args: argparse.Namespace) -> Path:
+    """The trainer of a batch: its own copy once it has begun."""
+    if args.code and not args.code.is_file():
+        raise BadArguments(f"--code {args.code}: no such file")
+    there = out_of(args) / "train_gpt.py"
+    return there if there.exists() else args.code or ROOT / "train_gpt.py"
+
+
 def plan_of(args: argparse.Namespace) -> Plan:
     length = Plan({}, args.steps or 0, args.tokens or 0, args.seconds or 0)
-    if args.group == "free":
+    if args.group in ("free", "sweep"):
         return length
     if args.group == "recipe":
         proxy = PROXIES[args.proxy]
@@ -794,10 +836,7 @@ def run_batch(args: argparse.Namespace, out: Path, arms: dict[str, Arm]) -> bool
     """Run what has not run, then print the table. Nothing starts before all arguments are known to be good."""
     if args.preset and not args.preset.is_file():
         raise BadArguments(f"--preset {args.preset}: no such file")
-    if args.code and not args.code.is_file():
-        raise BadArguments(f"--code {args.code}: no such file")
-    there = out / "train_gpt.py"
-    config = load_config(there if there.exists() else args.code or ROOT / "train_gpt.py")
+    config = load_config(code_of(args))
     plan, chosen = plan_of(args), {}
     for name in args.only or arms:
         try:
@@ -811,14 +850,13 @@ def run_batch(args: argparse.Namespace, out: Path, arms: dict[str, Arm]) -> bool
         if args.group == "recipe":
             web_folder(folder)
     jobs = args.jobs or (1 if args.group == "recipe" else 0)
-    batch = Batch(out, args.data, snapshot(out, args.code), config, args.group == "recipe", jobs)
-    return print_table(Runner(batch).run_all(chosen, args.seeds), {name: arm.reason for name, arm in arms.items()})
+    batch = Batch(out, args.data, snapshot(out, args.code), config, args.group == "recipe", jobs, args.gpus)
+    return publish(out, Runner(batch).run_all(chosen, args.seeds), {name: arm.reason for name, arm in arms.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    proxy = f"_{args.proxy}" if args.proxy else ""
-    out = args.out or ROOT / f"data/bench/{args.group}{proxy}"
+    out = out_of(args)
     try:
         arms = arms_of(args)
         return 0 if (table if args.table else run_batch)(args, out, arms) else 1

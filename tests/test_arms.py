@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import arms
@@ -181,6 +182,153 @@ def test_a_recipes_run_is_scored_on_both_sets_and_its_artifact_goes(tmp_path, mo
     assert bad["error"] == "train_gpt.py: unlucky" and "web" not in bad
     assert not list((tmp_path / "out").glob("*.ptz"))
     assert [arms.failure(r) for r in arms.read_results(tmp_path / "out/results.jsonl")] == ["", bad["error"]]
+
+
+def test_every_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """Two jobs at once meet at a barrier, so that each has its own thread; a shell's choice of GPUs does not reach them."""
+    for split in ("train", "val"):
+        (tmp_path / f"fineweb_{split}_0.bin").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setattr(arms.os, "sched_getaffinity", lambda _: set(range(12)))
+    both, seen = threading.Barrier(2, timeout=30), []
+
+    def execute(_: arms.Runner, env: dict[str, str]) -> dict:
+        both.wait()
+        seen.append((env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
+        return record("a", int(env["SEED"]), 2.0)["result"]
+
+    monkeypatch.setattr(arms.Runner, "execute", execute)
+    ours = batch(tmp_path / "out", data=str(tmp_path), gpus=("0", "3"))
+    assert len(arms.Runner(ours).run_all({"a": {}}, [1, 2, 3, 4])) == 4
+    assert sorted(seen) == [("0", "6"), ("0", "6"), ("3", "6"), ("3", "6")]
+
+
+# -------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(("word", "values"), [
+    ("MATRIX_LR=.01,.02,.01", [".01", ".02"]),
+    ("ACTIVATION=relu,gelu", ["relu", "gelu"]),
+    ("MATRIX_LR=.01:.04:4", ["0.01", "0.02", "0.03", "0.04"]),
+    ("MATRIX_LR=.01:.08:4log", ["0.01", "0.02", "0.04", "0.08"]),
+    ("NUM_LAYERS=2:8:4", ["2", "4", "6", "8"]),
+    ("NUM_LAYERS=1:3:5", ["1", "2", "3"]),  # whole ones, each once
+    ("MLP_MULT=1:4:3LOG", ["1", "2", "4"]),
+    ("MUON_WD=0:1e-2:3", ["0", "0.005", "0.01"]),
+    ("MATRIX_LR=.5:2", arms.Range(0.5, 2.0, False, False)),
+    ("NUM_LAYERS=2:9:log", arms.Range(2.0, 9.0, True, True)),
+])  # fmt: skip
+def test_lists_and_ranges(word, values):
+    assert arms.axis_of(word, Config) == (word.split("=")[0], values)
+
+
+def test_a_grid_is_every_combination_behind_the_preset():
+    found = list(arms.sweep_arms(["MATRIX_LR=.01,.02", "NUM_LAYERS=2:3:2"], 0, 0, Config))
+    assert found == ["(preset)", "MATRIX_LR=.01 NUM_LAYERS=2", "MATRIX_LR=.01 NUM_LAYERS=3", "MATRIX_LR=.02 NUM_LAYERS=2",
+                     "MATRIX_LR=.02 NUM_LAYERS=3"]  # fmt: skip
+
+
+def test_draws_are_different_within_their_range_and_more_begin_with_those_before():
+    words = ["MATRIX_LR=.001:1:log", "NUM_LAYERS=2:5", "ACTIVATION=relu,gelu"]
+    few, many = (list(arms.sweep_arms(words, count, 3, Config))[1:] for count in (5, 60))
+    assert many[:5] == few and len(set(many)) == 60 and few != list(arms.sweep_arms(words, 5, 4, Config))[1:]
+    drawn = [arms.pairs(arm) for arm in many]
+    rates = [float(settings["MATRIX_LR"]) for settings in drawn]
+    assert 0.001 <= min(rates) and max(rates) <= 1 and 15 < sum(rate < 0.0316 for rate in rates) < 45  # half below the geometric mean
+    assert {settings["NUM_LAYERS"] for settings in drawn} == {"2", "3", "4", "5"}
+    assert {settings["ACTIVATION"] for settings in drawn} == {"relu", "gelu"}
+
+
+STOP_AT = {"seed": ""}  # of the run that is interrupted
+
+
+def sweep(folder: Path, *more: str) -> int:
+    return arms.main(["sweep", "--preset", str(folder / "tiny.env"), "--data", str(folder), "--out", str(folder / "out"), *more])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A preset, shards that nothing reads, and runs that take no time: bits per byte fall with MLP_MULT, and with the seed."""
+    (tmp_path / "tiny.env").write_text("".join(f"{k}={v}\n" for k, v in TINY.items() if k != "SEED"))
+    for split in ("train", "val"):
+        (tmp_path / f"fineweb_{split}_0.bin").touch()
+
+    def execute(_: arms.Runner, env: dict[str, str]) -> dict:
+        if env["SEED"] == STOP_AT["seed"] and env["MLP_MULT"] == "4":
+            raise KeyboardInterrupt
+        return record("", 0, 3 - float(env["MLP_MULT"]) / 10 + int(env["SEED"]) / 100)["result"]
+
+    monkeypatch.setattr(arms.Runner, "execute", execute)
+    return tmp_path
+
+
+def test_a_sweep_ends_with_its_table_and_its_picture(folder, capsys):
+    assert sweep(folder, "--set", "MLP_MULT=3:4:2", "--seeds", "1,2,3") == 0
+    shown = capsys.readouterr().out
+    _, rows = table_of(shown)
+    assert list(rows) == ["(preset)", "MLP_MULT=3", "MLP_MULT=4"]
+    assert rows["MLP_MULT=4"]["s.e."] == "0.0058" and rows["MLP_MULT=4"]["against the first"] == "-0.2000 \u00b1 0.0082"
+    assert rows["MLP_MULT=4"]["paired by seed"] == "-0.2000 \u00b1 0.0000 (3)"
+    assert (folder / "out/table.md").read_text() == shown
+    assert (folder / "out/effects.png").read_bytes().startswith(b"\x89PNG")
+    assert sweep(folder, "--set", "MLP_MULT=3:4:2", "--table") == 0 and capsys.readouterr().out == shown
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_a_larger_one_with_it(folder, capsys, monkeypatch):
+    monkeypatch.setitem(STOP_AT, "seed", "2")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(folder, "--set", "MLP_MULT=3,4", "--seeds", "1,2")
+    done = arms.read_results(folder / "out/results.jsonl")
+    assert [(r["arm"], r["seed"]) for r in done] == [(arm, 1) for arm in ("(preset)", "MLP_MULT=3", "MLP_MULT=4")] + [
+        ("(preset)", 2), ("MLP_MULT=3", 2)]  # fmt: skip
+    assert not (folder / "out/table.md").exists()
+    monkeypatch.setitem(STOP_AT, "seed", "")
+    assert sweep(folder, "--set", "MLP_MULT=3,4,5", "--seeds", "1,2") == 0
+    again = arms.read_results(folder / "out/results.jsonl")
+    assert again[:5] == done and sorted((r["arm"], r["seed"]) for r in again[5:]) == [("MLP_MULT=4", 2), ("MLP_MULT=5", 1), ("MLP_MULT=5", 2)]
+    assert len(table_of(capsys.readouterr().out)[1]) == 4
+
+
+def test_a_picture_that_fails_does_not_fail_the_batch(folder, capsys, monkeypatch):
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arms.plot_logs, "save", broken)
+    assert sweep(folder, "--set", "MLP_MULT=3") == 0
+    assert "arms.py: no picture: [Errno 28] No space left" in capsys.readouterr().err and (folder / "out/table.md").exists()
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    ("sweep", 'sweep: expected at least one --set "KEY=A,B,C"'),
+    ("sweep --set MATRIX_LR", "--set 'MATRIX_LR': expected a setting of train_gpt.py and its values"),
+    ("sweep --set MATRIX_RATE=1", "--set 'MATRIX_RATE=1': expected a setting of train_gpt.py"),
+    ("sweep --set SEED=1,2", "--set 'SEED=1,2': expected a setting of train_gpt.py"),
+    ("sweep --set MATRIX_LR=1,,2", "--set 'MATRIX_LR=1,,2': a value is empty"),
+    ("sweep --set MATRIX_LR=1:2:x", "expected MATRIX_LR=LOW:HIGH, LOW:HIGH:log, LOW:HIGH:COUNT or LOW:HIGH:COUNTlog"),
+    ("sweep --set MATRIX_LR=1:2:", "expected MATRIX_LR=LOW:HIGH, LOW:HIGH:log"),
+    ("sweep --set MATRIX_LR=nan:2:3", "expected MATRIX_LR=LOW:HIGH, LOW:HIGH:log"),
+    ("sweep --set MATRIX_LR=2:1:3", "--set 'MATRIX_LR=2:1:3': expected LOW below HIGH"),
+    ("sweep --set MATRIX_LR=0:1:3log", "expected LOW below HIGH, and both above 0"),
+    ("sweep --set MATRIX_LR=0:1:1", "--set 'MATRIX_LR=0:1:1': 1 values, expected 2 to 100"),
+    ("sweep --set MATRIX_LR=0:1:101", "101 values, expected 2 to 100"),
+    ("sweep --set ACTIVATION=1:2:3", "ACTIVATION is no number; expected ACTIVATION=A,B,C"),
+    ("sweep --set UNET=0:1:2", "UNET is no number; expected UNET=A,B,C"),
+    ("sweep --set MATRIX_LR=.1:.2", "--set MATRIX_LR: LOW:HIGH is drawn from, so it needs --draws"),
+    ("sweep --set MATRIX_LR=.1 --set MATRIX_LR=.2", "--set 'MATRIX_LR=.2': MATRIX_LR is there already"),
+    ("sweep --set MATRIX_LR=1:2:100 --set BETA2=.1:.2:100", "--set: 10,000 combinations, expected at most 1,000; --draws N"),
+    ("sweep --set MATRIX_LR=.1,.2 --draws 3", "--draws 3: only 2 different combinations were found"),
+    ("sweep --set MATRIX_LR=.1,.2 --draws 0", "--draws 0: expected more than 0, at most 1,000"),
+    ("sweep --set NUM_HEADS=8,7", "arm 'NUM_HEADS=7': "),
+    ("sweep --set MATRIX_LR=.1 --arm X=1", "sweep has no --arm"),
+    ("free --arm= --set MATRIX_LR=1", "free has no --set"),
+    ("free --arm= --draw-seed 1", "free has no --draw-seed"),
+    ("free --arm= --gpus 0,0", "--gpus: 0,0: expected different GPUs and commas"),
+    ("free --arm= --gpus all", "--gpus: all: expected different GPUs and commas"),
+    ("free --arm= --gpus 0 --jobs 2", "--jobs and --gpus: expected one of them"),
+    ("sweep --set MATRIX_LR=.1 --code missing.py", "--code missing.py: no such file"),
+])  # fmt: skip
+def test_a_bad_sweep_is_one_line_and_starts_nothing(command, said, tmp_path, monkeypatch, capsys):
+    test_bad_arguments_are_one_line_and_start_nothing(command, said, tmp_path, monkeypatch, capsys)
 
 
 # -------------------------------------------------------------------------------------------------- the table

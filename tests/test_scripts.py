@@ -369,6 +369,21 @@ def test_demo_ends_with_the_table_and_the_result_line(tree):
     assert re.search(r"^artifact's file +own/own\.ternary\.ptz$", done.stdout, re.M)
 
 
+DRAWN_LOG = "step:1/2 loss:8.0 t:5ms\nstep:2/2 val_loss:4.0 val_bpb:2.5 train_time:9ms zero_frac:0.3\n"
+
+
+@pytest.mark.parametrize(("env", "log", "drawn"), [({}, DRAWN_LOG, True), ({"EVAL_ONLY": "1"}, DRAWN_LOG, False), ({}, "no log\n", False)])
+def test_the_demo_draws_its_run_beside_its_log(tree, env, log, drawn):
+    """Where it has trained; a picture that fails is no failure of the demo."""
+    pytest.importorskip("matplotlib")
+    (tree / "the log").mkdir()
+    (tree / "the log/r.1.txt").write_text(log)
+    line = f"result {json.dumps(RESULT | {'log_path': 'the log/r.1.txt'})}"
+    done = run_demo(tree, f"echo '{line}'", **OWN_DATA, **env)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == line
+    assert ("picture the log/r.1.png" in done.stderr) == drawn == (tree / "the log/r.1.png").exists()
+
+
 def test_demo_passes_preset_and_settings_to_the_trainer(tree):
     show = "; ".join(f'echo "{key} ${key}"' for key in ("VOCAB_SIZE", "NUM_LAYERS", "RUN_ID", "DATA_PATH", "ARTIFACT_PATH"))
     done = run_demo(tree, f"{show}; echo '{RESULT_LINE}'", VOCAB_SIZE="999", **OWN_DATA)
@@ -791,7 +806,8 @@ def checkout(tmp_path_factory):
 
 
 COMMANDS = [path for part in ("*.sh", "*.py", "tools/*.sh", "tools/*.py", "bench/*.sh", "bench/*.py", ".ci/run") for path in sorted(ROOT.glob(part))]
-MODULES = {"common.sh", "kernel_groups.py"} | {f"{name}.py" for name in "command_line hub_fetch check_data demo_corpus encode_text model_files shard_io text_files run_logs".split()}
+MODULES = {"common.sh", "kernel_groups.py"} | {f"{name}.py" for name in (
+    "command_line hub_fetch check_data demo_corpus encode_text model_files shard_io text_files run_logs arm_results report_model report_page").split()}  # fmt: skip
 PASS_ON = {"run_tests.sh", "run"}  # their arguments are pytest's
 
 
