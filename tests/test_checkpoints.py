@@ -8,9 +8,11 @@ import json
 import os
 import signal
 
+import arms
 import pytest
 import torch
 from conftest import ROOT, TINY, fresh_model, launch, on_processes, tiny_config
+from test_presets import tiny_arm
 
 import train_gpt
 from train_gpt import ArtifactError, Log, Stopped, TrainingStep, UserError, World, read_checkpoint, save_artifact, train
@@ -58,6 +60,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(state, data_dir, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == ["x_00000003.ckpt", "x_00000006.ckpt"]
     blob, figures = trained(dataclasses.replace(cfg, resume="1"))
     assert blob == expected and (figures["steps"], figures["restarts"]) == (10, 1) and len(figures["first_losses"]) == 10
+
+
+@pytest.mark.parametrize("preset", sorted(arms.SYSTEMS))
+def test_every_preset_goes_on_alike(preset, data_dir, tmp_path):
+    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0)
+    cfg = train_gpt.Config.from_env(settings | {"CHECKPOINT_DIR": str(tmp_path / "c"), "LOG_DIR": str(tmp_path / "logs")})
+    expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=5)
+    blob, figures = trained(dataclasses.replace(cfg, resume="1"))
+    assert blob == expected and figures["restarts"] == 1
 
 
 def test_checkpoints_change_nothing_and_the_oldest_go(data_dir, tmp_path):
@@ -146,7 +159,7 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
     forged = []
     for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"elapsed_s": float("nan")}, {"position": []}):
         forged.append(b"".join(train_gpt.checkpoint_chunks(header | change, tensors)))
-    for described in ([["a", "float32", [1 << 60]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
+    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
         text = json.dumps(header | {"tensors": described}).encode()
         body = train_gpt.CHECKPOINT_PREFIX.pack(b"TGCK", 1, len(text)) + text + bytes(64)
         forged.append(body + hashlib.sha256(body).digest())
