@@ -1939,7 +1939,7 @@ def read_manifest(data_path: str) -> dict[str, Any]:
         text = path.read_bytes() if path.is_file() else b"{}"
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
@@ -4172,9 +4172,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sizes = [math.prod(shape) * kind.itemsize for _, kind, shape in plan]
         whole = all(n >= 0 for _, _, shape in plan for n in shape) and start + sum(sizes) == len(data) - 32
         numbers = {key: float(header[key]) for key in ("step", "position", "elapsed_s")}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         whole, numbers = False, {}
-    if not whole or not all(math.isfinite(n) and n >= 0 for n in numbers.values()):
+    if not whole or not all(0 <= n < 1e15 for n in numbers.values()):
         raise ArtifactError(f"{path}: the checkpoint's header is not valid")
     ends = [start, *(start + end for end in itertools.accumulate(sizes))]
     return header, {name: torch.tensor(data[a:b]).view(kind).view(shape)
@@ -4284,7 +4284,16 @@ class Checkpoints(Hook):
         if found is None:
             loop.log(f"RESUME={cfg.resume}: no checkpoint in {self.folder}; the run starts from the beginning")
             return
-        header, tensors = found
+        try:
+            self.go_on(*found)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ArtifactError(f"RESUME={cfg.resume!r}: what the checkpoint holds is not valid ({reason})") from None
+
+    def go_on(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        cfg, world, loop = self.step.cfg, self.step.world, self.loop
         for name, value in self.same.items():
             if header["same"].get(name) != value:
                 saved = f"the checkpoint has {header['same'].get(name)}"
@@ -4301,7 +4310,7 @@ class Checkpoints(Hook):
 
     def heartbeat(self, header: dict[str, Any]) -> dict[str, Any]:
         """Of the run that wrote the checkpoint; {} without."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             beat = json.loads((self.folder / "heartbeat.json").read_bytes())
             if beat.get("lineage") == header["lineage"]:
                 return {key: float(beat[key]) for key in ("elapsed_s", "step")}

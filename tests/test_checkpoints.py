@@ -157,9 +157,9 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
     header, tensors = read_checkpoint(path)
     assert header["step"] == 3 and all(t.dtype in train_gpt.TENSOR_TYPES.values() for t in tensors.values())
     forged = []
-    for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"elapsed_s": float("nan")}, {"position": []}):
+    for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"step": 10**300}, {"elapsed_s": float("nan")}, {"position": []}):
         forged.append(b"".join(train_gpt.checkpoint_chunks(header | change, tensors)))
-    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
+    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [1e999]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
         text = json.dumps(header | {"tensors": described}).encode()
         body = train_gpt.CHECKPOINT_PREFIX.pack(b"TGCK", 1, len(text)) + text + bytes(64)
         forged.append(body + hashlib.sha256(body).digest())
@@ -168,6 +168,30 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
         path.write_bytes(case)
         with pytest.raises(ArtifactError):
             read_checkpoint(path)
+
+
+def test_a_forged_checkpoint_is_one_error(data_dir, tmp_path):
+    """A matching SHA-256 before contents that are no run's."""
+    cfg = config(data_dir, tmp_path, ema=1, ema_start_fraction=0.1)
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=4)
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    header, tensors = read_checkpoint(path)
+    without = {name: t for name, t in tensors.items() if not name.startswith("hook.Averaging.3")}
+    assert len(without) < len(tensors)
+    for change in ({"same": []}, {"numbers": 0}, {"restarts": "x"}, {"lost_steps": float("inf")}, {"first_losses": 1}, {}):
+        path.write_bytes(b"".join(train_gpt.checkpoint_chunks(header | change, tensors if change else without)))
+        with pytest.raises(ArtifactError, match="RESUME='1': what the checkpoint holds is not valid"):
+            trained(dataclasses.replace(cfg, resume="1"))
+
+
+def test_a_heartbeat_that_is_none_is_as_good_as_without(data_dir, tmp_path):
+    cfg = config(data_dir, tmp_path)
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=4)
+    for beat in ("[", "[" * 3000, '{"lineage": "x"}', '{"lineage": "x", "step": null, "elapsed_s": 1}'):
+        (tmp_path / "checkpoints" / "heartbeat.json").write_text(beat)
+        assert trained(dataclasses.replace(cfg, resume="1", checkpoint_every="0"))[1]["lost_steps"] == 0
 
 
 def environment(data_dir, **settings):
