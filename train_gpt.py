@@ -1952,7 +1952,7 @@ def check_tokenizer(cfg: Config, manifest: dict[str, Any]) -> str:
     files = manifest.get("files") if isinstance(manifest.get("files"), dict) else {}
     made_by = manifest.get("tokenizer_sha256") or files.get("tokenizer.model", digest)
     if digest != made_by:
-        shards = f"the shards in DATA_PATH={cfg.data_path!r} were made by {str(made_by)[:12]}..."
+        shards = f"the shards in DATA_PATH={cfg.data_path!r} were made by {ascii(str(made_by)[:12])[1:-1]}..."
         raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path!r} has the SHA-256 {digest[:12]}..., but {shards}")
     return digest
 
