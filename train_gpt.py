@@ -401,9 +401,14 @@ class World:
 
     @staticmethod
     def speaks(env: Mapping[str, str] = os.environ) -> bool:
-        """Whether this process prints; needs no other process, so it works when joining fails."""
-        rank = env.get("RANK", "0")
+        """Whether this process says an error: the first of its machine; needs no other, so it works when joining fails."""
+        rank = env.get("LOCAL_RANK", env.get("RANK", "0"))
         return rank == "0" or not rank.isdecimal() or env.get("WORLD_SIZE", "1") in ("0", "1")
+
+    @staticmethod
+    def machine(env: Mapping[str, str] = os.environ) -> str:
+        """Behind an error: where it was, if that is not rank 0's machine."""
+        return f" ({World.name(env)}, on {os.uname().nodename})" if env.get("GROUP_RANK", "0") != "0" else ""
 
     @staticmethod
     def name(env: Mapping[str, str] = os.environ) -> str:
@@ -5301,9 +5306,9 @@ def run(arguments: list[str]) -> int:
         return main()
     except UserError as error:
         if World.speaks():
-            print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}", file=sys.stderr)
+            print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}{World.machine()}", file=sys.stderr)
         else:
-            time.sleep(3)  # torchrun ends every process with the first one that fails: rank 0 must be heard before
+            time.sleep(3)  # torchrun ends every process with the first one that fails, which must be heard before
         return 2
     except Exception:
         print(f"train_gpt.py: {World.name()} failed:", file=sys.stderr, flush=True)
