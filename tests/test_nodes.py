@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 
@@ -10,6 +11,9 @@ import nodes
 import pytest
 from conftest import ROOT, TINY
 
+import train_gpt
+
+EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -51,3 +55,56 @@ def test_data_on_one_host_alone_are_said(hosts, data_dir, tmp_path):
     said = (tmp_path / "b/err").read_text()
     assert codes[1] not in (0, None) and codes[0] not in (0, None)
     assert re.findall(rf"^train_gpt.py: .*DATA_PATH='{missing}': no fineweb_.*\(rank 2 of 4, on .+\)$", said, re.MULTILINE), said[-2000:]
+
+
+def stub(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def torchrun_of(command, folder, **env):
+    """The words after "-m torch.distributed.run" and the settings that train_gpt.py would see, of a script that starts it."""
+    python = stub(folder, "python", 'printf "%s\\n" "$@"; echo --; env -0 | tr "\\n\\0" " \\n"')
+    path = f"{folder}:{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=env | {"PATH": path, "TRAIN_PYTHON": python}, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    words, _, settings = done.stdout.partition("--\n")
+    module, *words = words.split("\n")[:-1]
+    assert (module, words[0], words[-1]) == ("-m", "torch.distributed.run", "train_gpt.py")
+    return words[1:-1], dict(line.split("=", 1) for line in settings.splitlines())
+
+
+def test_the_command_of_several_machines(tmp_path):
+    words, settings = torchrun_of(["bash", "examples/two_nodes.sh"], tmp_path, HEAD="10.0.0.1", NODES="2")
+    assert words == ["--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:29500", "--rdzv-id=train", "--max-restarts=3"]
+    assert settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1" and train_gpt.Config.from_env(settings).resume == "1"
+
+
+def test_the_slurm_script_starts_one_task_a_machine(tmp_path):
+    stub(tmp_path, "scontrol", '[[ $* == "show hostnames node[7-8]" ]] && printf "node7\\nnode8\\n"')
+    stub(tmp_path, "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
+    env = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "99"}
+    words, settings = torchrun_of(["bash", "examples/slurm.sbatch"], tmp_path, **env)
+    assert words[:2] == ["--nnodes=2", "--nproc-per-node=4"] and {"--rdzv-endpoint=node7:29500", "--rdzv-id=99"} < set(words)
+    cfg = train_gpt.Config.from_env(settings)
+    assert (cfg.run_id, cfg.checkpoint_dir, cfg.checkpoint_every) == ("slurm_99", "checkpoints/slurm_99", "600s")
+    assert "#SBATCH --ntasks-per-node=1\n" in (EXAMPLES / "slurm.sbatch").read_text()
+
+
+def test_the_skypilot_task_runs_the_same_command(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+    assert task.keys() <= {"name", "num_nodes", "workdir", "resources", "file_mounts", "envs", "setup", "run"} and task["num_nodes"] == 2
+    assert all(type(value) is str for value in task["envs"].values())
+    env = task["envs"] | {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    words, settings = torchrun_of(["bash", "-euc", task["run"]], tmp_path, **env)
+    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.5:29500"} < set(words)
+    assert train_gpt.Config.from_env(settings).checkpoint_dir in task["file_mounts"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*s*h*")), ids=lambda path: path.name)
+def test_the_scripts_are_whole(path):
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
