@@ -292,7 +292,7 @@ def artifact(place: Place) -> Target:
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.05)
         seeds.append(t.save_artifact(model, model.cfg))
-    return Target("artifact", seeds, t.load_artifact, (t.ArtifactError,), Memory(16 * MB, 64), seal, rewrite)
+    return Target("artifact", seeds, t.load_artifact, (t.ArtifactError,), Memory(8 * MB, 2 * t.LARGEST_EXPANSION), seal, rewrite)
 
 
 def sealed_checkpoint(data: bytes) -> bytes:

@@ -2,8 +2,8 @@
 
     python tests/campaign.py                       everything: some 50 minutes on a core
     python tests/campaign.py kills --count 50      SIGKILL at random moments, then RESUME=1: equal artifacts
-    python tests/campaign.py disk                  a disk (a tmpfs) that is full at one write after the other
-    python tests/campaign.py ranks                 one of two processes stopped, killed, with other data, other code
+    python tests/campaign.py disk --count 24       a disk (a tmpfs) that is full at one place after the other
+    python tests/campaign.py ranks hosts           one of two processes stopped, killed, with other data, other code; a cable cut
     python tests/campaign.py inputs --count 100000     bench/fuzz.py: damaged inputs to every loader
 
 Runs are tiny: five presets at the small size of bench/arms.py on synthetic data, one and two processes. It ends with a table of
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "tools")]
+sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in (".", "../tools", "../bench")]
 
 from command_line import OneLineParser  # noqa: E402
 from conftest import ROOT, family, make_data  # noqa: E402
@@ -69,16 +70,17 @@ def settings(preset: str, data: Path, **more: object) -> dict[str, str]:
     return tiny_arm(preset, data, **own | more)
 
 
-def start(env: dict[str, str], folder: Path, processes: int = 1, restarts: int = 0, before: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(env: dict[str, str], folder: Path, processes: int = 1, restarts: int = 0, before: tuple[str, ...] = (),
+          script: Path = ROOT / "train_gpt.py") -> subprocess.Popen:  # fmt: skip
     """train_gpt.py in a folder, its output in `out` and `err` there; torchrun for two processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    script = [str(ROOT / "train_gpt.py")]
+    words = [str(script)]
     if processes > 1:
-        script = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
-                  "--monitor-interval=0.1", *script]  # fmt: skip
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+                  "--monitor-interval=0.1", *words]  # fmt: skip
     clean = {k: v for k, v in os.environ.items() if k in KEPT} | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "out", "ab") as out, open(folder / "err", "ab") as err:
-        return subprocess.Popen([*before, sys.executable, *script], cwd=folder, env=clean | env, stdout=out, stderr=err, start_new_session=True)
+        return subprocess.Popen([*before, sys.executable, *words], cwd=folder, env=clean | env, stdout=out, stderr=err, start_new_session=True)
 
 
 def kill_all(child: subprocess.Popen) -> None:
@@ -205,13 +207,165 @@ def kills(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row
               f"{partials} kills left a half-written checkpoint")  # fmt: skip
 
 
-PARTS = {"kills": kills}
+# -------------------------------------------------------------------------------------------------- a full disk
+
+# in a namespace of its own: a small disk with what an earlier run left, the run, and a copy of what is there then
+ON_SMALL_DISK = """mount -t tmpfs -o size="$1" tmpfs "$2" && cp -a "$3/." "$2" && cd "$2" || exit 99
+left=$4; shift 4; "$@"; code=$?; cp -a "$PWD/." "$left"; exit $code"""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 -> name of every file below."""
+    return {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def disk(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:
+    """The disk is full at one place after the other: what an earlier run left is whole, and the artifact is somewhere or a line says why not."""
+    earlier, whole = place / "earlier", place / "whole"
+    env = settings("default", data, resume=0, checkpoint_keep=99, iterations=12)
+    failures: list[str] = []
+    for folder, own in ((earlier, {"SEED": "1"}), (whole, {"SEED": str(2 + seed)})):
+        check(failures, f"the run in {folder.name}", finish(start(env | own, folder)) == 0, text(folder))
+    for name in ("out", "err"):
+        (earlier / name).unlink()
+    try:
+        subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(earlier / "logs")], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Row("disk", f"not tried: no small disk can be mounted here ({error})", 0, 0)
+        return
+    used, needed = (sum(path.stat().st_size + 4096 for path in folder.rglob("*") if path.is_file()) for folder in (earlier, whole))
+    levels = 24 if count is None else count
+    ended: dict[str, list[bool]] = {}
+    for level in range(levels):
+        folder = place / f"disk {level}"
+        # the log comes first and is small beside the checkpoints: finer steps there
+        free = int(needed * (level / (levels - 1 or 1)) ** 3) + 4096
+        mounted, left = folder / "small", folder / "left"
+        for path in (mounted, left, folder / "tmp"):
+            path.mkdir(parents=True)
+        before = ("unshare", "-m", "sh", "-c", ON_SMALL_DISK, "sh", str(used + free), str(mounted), str(earlier), str(left))
+        code = finish(start(env | {"SEED": str(2 + seed), "TMPDIR": str(folder / "tmp")}, folder, before=before))
+        err, found = text(folder), contents(left) | contents(folder / "tmp")
+        said = "Traceback" not in err and (code == 0 or code == 2 and err.splitlines()[-1].startswith("train_gpt.py: "))
+        kept = contents(earlier).keys() <= found.keys() and not any(name.endswith(".partial") for name in found.values())
+        artifact = code == 2 or digest(whole) in found
+        holds = check(failures, f"disk {level}: {free:,} bytes free: exit code {code}, kept {kept}, artifact {artifact}", said and kept and artifact, err)
+        ended.setdefault("trained and exported" if code == 0 else "one line, exit code 2", []).append(holds)
+        print(f"disk {level}: {free:,} bytes free: exit code {code}: {err.strip().splitlines()[-1] if err.strip() else 'nothing said'}", flush=True)
+        shutil.rmtree(folder)
+    for kind in sorted(ended):
+        yield Row("disk", kind, sum(ended[kind]), len(ended[kind]), "earlier files untouched")
+
+
+# -------------------------------------------------------------------------------------------------- one of two processes
+
+# runs train_gpt.py with what differs on rank 1
+ONE_DIFFERS = """import os, runpy, sys, time
+sys.argv = [{script!r}]
+if os.environ["RANK"] == "1":
+    {difference}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+DIFFERENCES = {
+    "other data": "os.environ['DATA_PATH'] = {other!r}",
+    "other code": "sys.argv = [{copy!r}]",
+    "another setting": "os.environ['MATRIX_LR'] = '0.011'",
+}
+CLOCK_APART = "true = time.perf_counter; time.perf_counter = lambda: true() * 1.5 + 5"
+ENDED_S = 120  # an unsound run ends within a minute, on a core that others use too
+
+
+def other_data(place: Path, data: Path) -> Path:
+    """The data with one token of the last training shard changed."""
+    other = place / "other data"
+    shutil.copytree(data, other)
+    path = sorted(other.glob("fineweb_train_*.bin"))[-1]
+    changed = bytearray(path.read_bytes())
+    changed[-2] ^= 1
+    path.write_bytes(changed)
+    return other
+
+
+def ranks(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:  # noqa: ARG001
+    """One of two processes dies, stands still or is another: the run ends, and says which."""
+    place.mkdir(parents=True)
+    failures: list[str] = []
+    copy = place / "copy.py"
+    copy.write_bytes((ROOT / "train_gpt.py").read_bytes() + b"# changed\n")
+    other = other_data(place, data)
+    for what, difference in DIFFERENCES.items():
+        folder, wrapper = place / what, place / f"{what}.py"
+        difference = difference.format(other=str(other), copy=str(copy))
+        wrapper.write_text(ONE_DIFFERS.format(script=str(ROOT / "train_gpt.py"), difference=difference))
+        code = finish(start(settings("default", data), folder, 2, script=wrapper), ENDED_S)
+        before = "\nstep:" not in text(folder, "out")
+        named = any(line.startswith("train_gpt.py: ") and "rank 1" in line for line in text(folder).splitlines())
+        shown = f"{what}: exit code {code}, before the first step {before}, named {named}"
+        yield Row("ranks", what, int(check(failures, shown, code not in (0, None) and before and named, text(folder))), 1)
+    for name in ("SIGSTOP", "SIGKILL"):
+        folder = place / name
+        child = start(settings("default", data, iterations=10**6, checkpoint_every=0), folder, 2)
+        began = wait_for(child, lambda folder=folder: b"\nstep:3/" in (folder / "out").read_bytes())
+        victims = [pid for pid in family(child.pid)[1:] if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        if began and victims:
+            os.kill(victims[0], getattr(signal, name))
+        code = finish(child, ENDED_S)
+        named = "rank 1" in text(folder) or "(local_rank: 1)" in text(folder)
+        alive = [pid for pid in victims if Path(f"/proc/{pid}").exists()]
+        shown = f"{name}: exit code {code}, named {named}, still there {alive}"
+        yield Row("ranks", f"one gets {name}", int(check(failures, shown, code not in (0, None) and named and not alive, text(folder))), 1)
+    folder, wrapper = place / "clocks", place / "clocks.py"
+    wrapper.write_text(ONE_DIFFERS.format(script=str(ROOT / "train_gpt.py"), difference=CLOCK_APART))
+    code = finish(start(settings("default", data, max_wallclock_seconds=5, iterations=10**6), folder, 2, script=wrapper))
+    yield Row("ranks", "clocks apart", int(check(failures, f"clocks apart: exit code {code}", code == 0, text(folder))), 1)
+
+
+def hosts(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:  # noqa: ARG001
+    """The cable between two hosts is cut: the run ends on both."""
+    import nodes
+
+    env, folders, failures = settings("default", data, iterations=10**6), [place / name for name in "ab"], []
+    try:
+        with nodes.hosts() as made:
+            both = [made.start(host, folder, env) for host, folder in enumerate(folders)]
+            wait_for(both[0], lambda: b"\nstep:3/" in (folders[0] / "out").read_bytes())
+            made.link("down")
+            codes = nodes.wait_all(both, ENDED_S)
+    except OSError as error:
+        yield Row("hosts", f"not tried: {error}", 0, 0)
+        return
+    held = check(failures, f"cable cut: exit codes {codes}", all(code not in (0, None) for code in codes), text(folders[0]) + text(folders[1]))
+    yield Row("hosts", "the cable is cut", int(held), 1, f"exit codes {codes}")
+
+
+# -------------------------------------------------------------------------------------------------- damaged inputs
+
+
+def inputs(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:  # noqa: ARG001
+    """bench/fuzz.py on every loader."""
+    import fuzz_loaders
+
+    place.mkdir(parents=True)
+    for name in fuzz_loaders.TARGETS:
+        words = [sys.executable, str(ROOT / "bench/fuzz.py"), name, "--seed", str(seed), "--cases", str(count or 100_000), "--seconds", "1e9",
+                 "--folder", str(place)]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True)
+        counts = {kind: int(number.replace(",", "")) for number, kind in re.findall(r"^ *([0-9,]+)  (.+)$", done.stdout, re.MULTILINE)}
+        tried = counts.pop("cases", 0)
+        bad = counts.pop("failures", 0) or int(done.returncode != 0)
+        if bad:
+            print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
+        print(f"inputs: {name}: {tried:,}", flush=True)
+        yield Row("inputs", name, tried - bad, tried, ", ".join(f"{kind} {number:,}" for kind, number in sorted(counts.items())))
+
+
+PARTS = {"kills": kills, "disk": disk, "ranks": ranks, "hosts": hosts, "inputs": inputs}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--count", type=int, help="of each part (default: 50 kills, 100,000 inputs a loader)")
+    parser.add_argument("--count", type=int, help="of each part (default: 50 kills, 24 disks, 100,000 inputs a loader)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where runs go; those that failed stay (default: the folder for temporary files)")
     args = parser.parse_args(argv)
