@@ -4175,15 +4175,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         header = json.loads(data[CHECKPOINT_PREFIX.size : start].tobytes())
         plan = [(str(name), TENSOR_TYPES[kind], tuple(map(int, shape))) for name, kind, shape in header["tensors"]]
         sizes = [math.prod(shape) * kind.itemsize for _, kind, shape in plan]
-        whole = all(n >= 0 for _, _, shape in plan for n in shape) and start + sum(sizes) == len(data) - 32
+        whole = all(size >= 0 for size in sizes) and start + sum(sizes) == len(data) - 32
         numbers = {key: float(header[key]) for key in ("step", "position", "elapsed_s")}
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         whole, numbers = False, {}
     if not whole or not all(0 <= n < 1e15 for n in numbers.values()):
         raise ArtifactError(f"{path}: the checkpoint's header is not valid")
     ends = [start, *(start + end for end in itertools.accumulate(sizes))]
-    return header, {name: torch.tensor(data[a:b]).view(kind).view(shape)
-                    for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+    try:
+        return header, {name: torch.tensor(data[a:b]).view(kind).view(shape)
+                        for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+    except (RuntimeError, TypeError):  # no elements, in a shape that no tensor has
+        raise ArtifactError(f"{path}: the checkpoint's header is not valid") from None
 
 def data_identity(cfg: Config) -> dict[str, str]:
     """SHA-256 of what a run must find again: its shards' manifest, or else their names, sizes and beginnings; its

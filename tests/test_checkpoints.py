@@ -159,7 +159,7 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
     forged = []
     for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"step": 10**300}, {"elapsed_s": float("nan")}, {"position": []}):
         forged.append(b"".join(train_gpt.checkpoint_chunks(header | change, tensors)))
-    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [1e999]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
+    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [0, 1 << 70]], ["b", "uint8", [64]]], [["a", "float32", [1e999]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
         text = json.dumps(header | {"tensors": described}).encode()
         body = train_gpt.CHECKPOINT_PREFIX.pack(b"TGCK", 1, len(text)) + text + bytes(64)
         forged.append(body + hashlib.sha256(body).digest())
