@@ -4278,7 +4278,8 @@ class Checkpoints(Hook):
         try:
             write_whole(path, checkpoint_chunks(header, tensors))
             self.loop.log(f"checkpoint:{path} step:{header['step']}")
-            for old in newest_first(self.folder)[self.step.cfg.checkpoint_keep :]:
+            own = [old for old in newest_first(self.folder) if old.name[:-14] == self.step.cfg.run_id]  # _00000000.ckpt
+            for old in own[self.step.cfg.checkpoint_keep :]:
                 old.unlink()
         except OSError as error:
             self.loop.log(f"warning: checkpoint {path} cannot be written ({error.strerror}); the run goes on")

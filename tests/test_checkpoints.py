@@ -79,6 +79,13 @@ def test_checkpoints_change_nothing_and_the_oldest_go(data_dir, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == [f"x_{n:08d}.ckpt" for n in (6, 8, 10)]
 
 
+def test_those_of_other_runs_in_the_folder_stay(data_dir, tmp_path):
+    cfg = config(data_dir, tmp_path, checkpoint_every=3)
+    for run_id in ("x", "x_1", "y"):
+        trained(dataclasses.replace(cfg, run_id=run_id, checkpoint_keep=1))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == [f"{name}_00000009.ckpt" for name in ("x", "x_1", "y")]
+
+
 def test_a_longer_run_goes_on_from_a_shorter_ones_end(data_dir, tmp_path):
     cfg = config(data_dir, tmp_path, warmdown_fraction=0)
     expected, _ = trained(dataclasses.replace(cfg, iterations=14, checkpoint_every="0"))
