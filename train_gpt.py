@@ -403,9 +403,14 @@ class World:
 
     @staticmethod
     def speaks(env: Mapping[str, str] = os.environ) -> bool:
-        """Whether this process prints; needs no other process, so it works when joining fails."""
-        rank = env.get("RANK", "0")
+        """Whether this process says an error: the first of its machine; needs no other, so it works when joining fails."""
+        rank = env.get("LOCAL_RANK", env.get("RANK", "0"))
         return rank == "0" or not rank.isdecimal() or env.get("WORLD_SIZE", "1") in ("0", "1")
+
+    @staticmethod
+    def machine(env: Mapping[str, str] = os.environ) -> str:
+        """Behind an error: where it was, if that is not rank 0's machine."""
+        return f" ({World.name(env)}, on {os.uname().nodename})" if env.get("GROUP_RANK", "0") != "0" else ""
 
     @staticmethod
     def name(env: Mapping[str, str] = os.environ) -> str:
@@ -1941,7 +1946,7 @@ def read_manifest(data_path: str) -> dict[str, Any]:
         text = path.read_bytes() if path.is_file() else b"{}"
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
@@ -1954,7 +1959,7 @@ def check_tokenizer(cfg: Config, manifest: dict[str, Any]) -> str:
     files = manifest.get("files") if isinstance(manifest.get("files"), dict) else {}
     made_by = manifest.get("tokenizer_sha256") or files.get("tokenizer.model", digest)
     if digest != made_by:
-        shards = f"the shards in DATA_PATH={cfg.data_path!r} were made by {str(made_by)[:12]}..."
+        shards = f"the shards in DATA_PATH={cfg.data_path!r} were made by {ascii(str(made_by)[:12])[1:-1]}..."
         raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path!r} has the SHA-256 {digest[:12]}..., but {shards}")
     return digest
 
@@ -4283,13 +4288,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sizes = [math.prod(shape) * kind.itemsize for _, kind, shape in plan]
         whole = all(size >= 0 for size in sizes) and start + sum(sizes) == len(data) - 32
         numbers = {key: float(header[key]) for key in ("step", "position", "elapsed_s")}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         whole, numbers = False, {}
-    if not whole or not all(math.isfinite(n) and n >= 0 for n in numbers.values()):
+    if not whole or not all(0 <= n < 1e15 for n in numbers.values()):
         raise ArtifactError(f"{path}: the checkpoint's header is not valid")
     ends = [start, *(start + end for end in itertools.accumulate(sizes))]
-    return header, {name: torch.from_numpy(data[a:b].copy()).view(kind).view(shape)
-                    for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+    try:
+        return header, {name: torch.tensor(data[a:b]).view(kind).view(shape)
+                        for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+    except (RuntimeError, TypeError):  # no elements, in a shape that no tensor has
+        raise ArtifactError(f"{path}: the checkpoint's header is not valid") from None
 
 def data_identity(cfg: Config) -> dict[str, str]:
     """SHA-256 of what a run must find again: its shards' manifest, or else their names, sizes and beginnings; its
@@ -4381,7 +4389,8 @@ class Checkpoints(Hook):
         try:
             write_whole(path, checkpoint_chunks(header, tensors))
             self.loop.log(f"checkpoint:{path} step:{header['step']}")
-            for old in newest_first(self.folder)[self.step.cfg.checkpoint_keep :]:
+            own = [old for old in newest_first(self.folder) if old.name[:-14] == self.step.cfg.run_id]  # _00000000.ckpt
+            for old in own[self.step.cfg.checkpoint_keep :]:
                 old.unlink()
         except OSError as error:
             self.loop.log(f"warning: checkpoint {path} cannot be written ({error.strerror}); the run goes on")
@@ -4395,7 +4404,16 @@ class Checkpoints(Hook):
         if found is None:
             loop.log(f"RESUME={cfg.resume}: no checkpoint in {self.folder}; the run starts from the beginning")
             return
-        header, tensors = found
+        try:
+            self.go_on(*found)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ArtifactError(f"RESUME={cfg.resume!r}: what the checkpoint holds is not valid ({reason})") from None
+
+    def go_on(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        cfg, world, loop = self.step.cfg, self.step.world, self.loop
         for name, value in self.same.items():
             if header["same"].get(name) != value:
                 saved = f"the checkpoint has {header['same'].get(name)}"
@@ -4412,7 +4430,7 @@ class Checkpoints(Hook):
 
     def heartbeat(self, header: dict[str, Any]) -> dict[str, Any]:
         """Of the run that wrote the checkpoint; {} without."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             beat = json.loads((self.folder / "heartbeat.json").read_bytes())
             if beat.get("lineage") == header["lineage"]:
                 return {key: float(beat[key]) for key in ("elapsed_s", "step")}
@@ -5408,9 +5426,9 @@ def run(arguments: list[str]) -> int:
         return main()
     except UserError as error:
         if World.speaks():
-            print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}", file=sys.stderr)
+            print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}{World.machine()}", file=sys.stderr)
         else:
-            time.sleep(3)  # torchrun ends every process with the first one that fails: rank 0 must be heard before
+            time.sleep(3)  # torchrun ends every process with the first one that fails, which must be heard before
         return 2
     except Exception:
         print(f"train_gpt.py: {World.name()} failed:", file=sys.stderr, flush=True)

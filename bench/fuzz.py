@@ -2,6 +2,7 @@
 
     python bench/fuzz.py data --seconds 1800               folders of odd files, names, encodings, compressions, damages
     python bench/fuzz.py settings --seconds 1800           environments: settings, near misses, values of all kinds
+    python bench/fuzz.py artifact --cases 100000           damaged files to a loader: artifact, checkpoint, resume, shard, ...
     python bench/fuzz.py data --seed 0 --case 123          one case again; its files are kept
 
 `data` writes documents that it knows, calls `text` (in this process, now and then in one of its own) and decodes every
@@ -37,20 +38,18 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
 
 import encode_text  # noqa: E402
+import fuzz_loaders  # noqa: E402
 import prepare_data  # noqa: E402
 import sentencepiece  # noqa: E402
 import shard_io  # noqa: E402
 from command_line import OneLineParser  # noqa: E402
+from fuzz_loaders import Failure  # noqa: E402
 
 HANG_S = 120  # for one call
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which".split()
-
-
-class Failure(Exception):
-    """What a case did that it may not."""
 
 
 @contextlib.contextmanager
@@ -543,7 +542,7 @@ def run_cases(fuzzer: Any, seed: int, numbers: Iterator[int], seconds: float) ->
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("data", "settings"))
+    parser.add_argument("what", choices=("data", "settings", *fuzz_loaders.TARGETS))
     parser.add_argument("--seconds", type=float, default=60, help="cases begin within this time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="at most so many")
@@ -555,7 +554,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     numbers = [args.case] if args.case is not None else range(args.cases) if args.cases else itertools.count()
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz {args.what} ", dir=args.folder))
-    fuzzer = DataFuzzer(folder) if args.what == "data" else SettingsFuzzer(folder, args.process_every)
+    makers = {"data": DataFuzzer, "settings": lambda folder: SettingsFuzzer(folder, args.process_every)}
+    fuzzer = makers.get(args.what, lambda folder: fuzz_loaders.LoaderFuzzer(args.what, folder))(folder)
     counts, failures = run_cases(fuzzer, args.seed, iter(numbers), args.seconds)
     print(f"seed {args.seed}")
     for kind, count in sorted(counts.items()):

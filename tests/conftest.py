@@ -93,10 +93,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder: Path) -> Path:
     """Two train shards, a validation shard and a 320-piece SentencePiece model of some synthetic English."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 8))) for _ in range(300)]
     weights = 1 / np.arange(1, 301)

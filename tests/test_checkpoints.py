@@ -8,9 +8,11 @@ import json
 import os
 import signal
 
+import arms
 import pytest
 import torch
 from conftest import ROOT, TINY, fresh_model, launch, on_processes, tiny_config
+from test_presets import tiny_arm
 
 import train_gpt
 from train_gpt import ArtifactError, Log, Stopped, TrainingStep, UserError, World, read_checkpoint, save_artifact, train
@@ -60,10 +62,28 @@ def test_a_resumed_run_ends_with_the_same_bytes(state, data_dir, tmp_path):
     assert blob == expected and (figures["steps"], figures["restarts"]) == (10, 1) and len(figures["first_losses"]) == 10
 
 
+@pytest.mark.parametrize("preset", sorted(arms.SYSTEMS))
+def test_every_preset_goes_on_alike(preset, data_dir, tmp_path):
+    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0)
+    cfg = train_gpt.Config.from_env(settings | {"CHECKPOINT_DIR": str(tmp_path / "c"), "LOG_DIR": str(tmp_path / "logs")})
+    expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=5)
+    blob, figures = trained(dataclasses.replace(cfg, resume="1"))
+    assert blob == expected and figures["restarts"] == 1
+
+
 def test_checkpoints_change_nothing_and_the_oldest_go(data_dir, tmp_path):
     cfg = config(data_dir, tmp_path, checkpoint_every=2, checkpoint_keep=3)
     assert trained(cfg)[0] == trained(dataclasses.replace(cfg, checkpoint_every="0"))[0]
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == [f"x_{n:08d}.ckpt" for n in (6, 8, 10)]
+
+
+def test_those_of_other_runs_in_the_folder_stay(data_dir, tmp_path):
+    cfg = config(data_dir, tmp_path, checkpoint_every=3)
+    for run_id in ("x", "x_1", "y"):
+        trained(dataclasses.replace(cfg, run_id=run_id, checkpoint_keep=1))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == [f"{name}_00000009.ckpt" for name in ("x", "x_1", "y")]
 
 
 def test_a_longer_run_goes_on_from_a_shorter_ones_end(data_dir, tmp_path):
@@ -144,9 +164,9 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
     header, tensors = read_checkpoint(path)
     assert header["step"] == 3 and all(t.dtype in train_gpt.TENSOR_TYPES.values() for t in tensors.values())
     forged = []
-    for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"elapsed_s": float("nan")}, {"position": []}):
+    for change in ({"step": -1}, {"step": "x"}, {"step": None}, {"step": 10**300}, {"elapsed_s": float("nan")}, {"position": []}):
         forged.append(b"".join(train_gpt.checkpoint_chunks(header | change, tensors)))
-    for described in ([["a", "float32", [1 << 60]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
+    for described in ([["a", "float32", [1 << 60]]], [["a", "float32", [0, 1 << 70]], ["b", "uint8", [64]]], [["a", "float32", [1e999]]], [["a", "float32", [-1, 0]], ["b", "uint8", [64]]], [["a", "float16", [1]]], [["a", "float32", [-1]]], [["a"]], "x", [["a", "float32", "x"]]):
         text = json.dumps(header | {"tensors": described}).encode()
         body = train_gpt.CHECKPOINT_PREFIX.pack(b"TGCK", 1, len(text)) + text + bytes(64)
         forged.append(body + hashlib.sha256(body).digest())
@@ -155,6 +175,30 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
         path.write_bytes(case)
         with pytest.raises(ArtifactError):
             read_checkpoint(path)
+
+
+def test_a_forged_checkpoint_is_one_error(data_dir, tmp_path):
+    """A matching SHA-256 before contents that are no run's."""
+    cfg = config(data_dir, tmp_path, ema=1, ema_start_fraction=0.1)
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=4)
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    header, tensors = read_checkpoint(path)
+    without = {name: t for name, t in tensors.items() if not name.startswith("hook.Averaging.3")}
+    assert len(without) < len(tensors)
+    for change in ({"same": []}, {"numbers": 0}, {"restarts": "x"}, {"lost_steps": float("inf")}, {"first_losses": 1}, {}):
+        path.write_bytes(b"".join(train_gpt.checkpoint_chunks(header | change, tensors if change else without)))
+        with pytest.raises(ArtifactError, match="RESUME='1': what the checkpoint holds is not valid"):
+            trained(dataclasses.replace(cfg, resume="1"))
+
+
+def test_a_heartbeat_that_is_none_is_as_good_as_without(data_dir, tmp_path):
+    cfg = config(data_dir, tmp_path)
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=4)
+    for beat in ("[", "[" * 3000, '{"lineage": "x"}', '{"lineage": "x", "step": null, "elapsed_s": 1}'):
+        (tmp_path / "checkpoints" / "heartbeat.json").write_text(beat)
+        assert trained(dataclasses.replace(cfg, resume="1", checkpoint_every="0"))[1]["lost_steps"] == 0
 
 
 def environment(data_dir, **settings):

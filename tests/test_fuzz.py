@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import encode_text
 import fuzz
+import fuzz_loaders
 import prepare_data
 import pytest
 import shard_io
@@ -131,3 +133,34 @@ def test_a_case_depends_on_seed_and_number_alone(tmp_path_factory: pytest.TempPa
         return dataclasses.asdict(expected) | {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     assert files(0) == files(0) != files(1)
+
+
+@pytest.mark.parametrize("name", fuzz_loaders.TARGETS)
+def test_damaged_files_are_refused_or_read(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    assert fuzz.main([name, "--cases", "200", "--seed", "1", "--folder", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out
+    assert "     200  cases" in lines and "Error\n" in lines and "  loaded" in lines
+
+
+def what_a_target_may_not(data: bytes) -> None:
+    """The first byte says what."""
+    if data[0] == 0:
+        raise KeyError("a defect")
+    if data[0] == 1:
+        raise ValueError("two\nlines")
+    if data[0] == 2:
+        exec("pass")
+    if data[0] == 3:
+        bytearray(64 << 20)[:: 1 << 12] = b"x" * (1 << 14)
+    while data[0] == 4:
+        pass
+
+
+@pytest.mark.parametrize(("first", "words"), enumerate(("a defect", "not one line", "runs something", "more than", "hangs")))
+def test_what_a_loader_may_not_do_is_seen(first: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_loaders, "HANG_S", 0.2)
+    sys.addaudithook(fuzz_loaders.audit)
+    target = fuzz_loaders.Target("x", [b""], what_a_target_may_not, (ValueError,), fuzz_loaders.Memory(16 << 20, 1))
+    assert fuzz_loaders.attempt(target, b"\x09") == "loaded"
+    with pytest.raises((fuzz_loaders.Failure, KeyError), match=words):
+        fuzz_loaders.attempt(target, bytes([first]))

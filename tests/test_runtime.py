@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,14 @@ def test_what_torchrun_never_sets_is_an_error(env):
 def test_one_process_of_several_speaks_before_they_have_joined():
     speaks = {rank: World.speaks({"RANK": rank, "WORLD_SIZE": "2"}) for rank in ("0", "1", "x")}
     assert speaks == {"0": True, "1": False, "x": True} and World.speaks({}) and World.speaks({"RANK": "1", "WORLD_SIZE": "1"})
+
+
+def test_the_first_process_of_every_machine_speaks_and_says_where():
+    """What is wrong on the second machine alone, no other knows."""
+    second = {"WORLD_SIZE": "4", "GROUP_RANK": "1"}
+    assert World.speaks(second | {"RANK": "2", "LOCAL_RANK": "0"}) and not World.speaks(second | {"RANK": "3", "LOCAL_RANK": "1"})
+    assert World.machine(second | {"RANK": "2"}) == f" (rank 2 of 4, on {os.uname().nodename})"
+    assert World.machine({}) == World.machine({"GROUP_RANK": "0", "RANK": "1", "WORLD_SIZE": "4"}) == ""
 
 
 def test_the_clock_leaves_out_what_runs_paused():

@@ -209,6 +209,37 @@ def test_table_says_which_text_was_compressed(tmp_path, capsys, bytes_, text):
     assert f"xz -9, {text}" in capsys.readouterr().out
 
 
+NO_FIGURES = {
+    "result {}": "the result line has no figure",
+    'result {"val_bpb": "x"}': "val_bpb is 'x', expected a number",
+    'result {"val_bpb": NaN}': "val_bpb is nan, expected a number",
+    'result {"steps": 1.5}': "steps is 1.5, expected a number",
+    'result {"val_bpb": ' + "9" * 30 + "}": "expected a number",
+    "result {" + '"a":{' * 3000: "not JSON",
+    "result {": "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", NO_FIGURES, ids=lambda line: line[:20])
+def test_a_result_without_figures_is_one_line(tmp_path, capsys, line):
+    assert show_table(tmp_path, line) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("demo_table.py: error: ") and err.count("\n") == 1 and NO_FIGURES[line] in err
+
+
+@pytest.mark.parametrize("manifest", ["[1]", "x", "[" * 3000, '{"gzip_bpb": "1"}', '{"xz_bpb": [1]}'], ids=lambda text: text[:20])
+def test_a_manifest_that_is_none_is_one_line(tmp_path, capsys, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert show_table(tmp_path, RESULT) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("demo_table.py: error: ") and err.count("\n") == 1 and "manifest.json" in err
+
+
+def test_figures_that_go_together_are_left_out_together(tmp_path, capsys):
+    assert show_table(tmp_path, {"val_bpb": 1.5, "steps": 5, "artifact_bytes": 7}, {"val": 5}) == 0
+    assert capsys.readouterr().out.strip() == "bits per byte, before export  1.5000"
+
+
 def test_table_says_over_budget(tmp_path, capsys):
     assert show_table(tmp_path, RESULT | {"total_bytes": 16_000_001}) == 0
     assert "over budget" in capsys.readouterr().out

@@ -539,7 +539,18 @@ NO_RECORDS = {
     "not JSON": ("{", "not JSON"),
     "another score": ('{"score": "best", "seed_results": {"1": {"val_loss": 3.1}}}', "best_val_loss of its seed_results: None"),
     "not UTF-8": ("\xff", "not JSON"),
+    "a score of two lines": ('{"score": "a\\nb", "seed_results": {"1": {}}}', "'a\\nb_val_loss' of its seed_results"),
 }
+
+
+def test_a_time_of_many_digits_is_no_time(folder, code):
+    """Python converts no text of more than 4,300 digits; found by bench/fuzz.py."""
+    path = write_runs(folder, code)[0]
+    lines = path.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("step:"))
+    lines.insert(at, f"step:1/9 loss:3.0 t:{'9' * 5000}ms avg:1ms")
+    path.write_text("\n".join(lines) + "\n")
+    assert all(finding.ok for finding in map(compliance.check_training_time, [run_logs.read_run(path)]))
 
 
 @pytest.mark.parametrize("case", NO_RECORDS)

@@ -133,7 +133,7 @@ def check_figures(run):
 def check_training_time(run):
     """The clock that stopped training, from the lines and from the result; the larger counts."""
     shown = line_of(run, "stopping_early") or line_of(run, "step val_loss")
-    logged = [int(ms) for line in run.lines for ms in re.findall(r"(?:^step:.* t:|train_time:)(\d+)ms", line)]
+    logged = [int(ms) for line in run.lines for ms in re.findall(r"(?:^step:.* t:|train_time:)(\d{1,15})ms", line)]
     most = max([1000 * run.result["train_time_s"], *logged])
     ok = most <= MOST_TRAINING_MS and re.search(r"train_time:\d+ms", shown)
     return of_seed(run, "training time", ok, f"{shown or 'no line'} (at most {MOST_TRAINING_MS:,} ms; {most:,.1f} ms)")
@@ -143,7 +143,7 @@ def check_evaluation_time(run):
     """All of the evaluation of the saved artifact: chunked and sliding."""
     shown = line_of(run, "final_sliding") or line_of(run, "final_ternary_roundtrip")
     names = ("final_ternary_roundtrip", "final_sliding")
-    logged = sum(int(ms) for name in names for ms in re.findall(r"eval_time:(\d+)ms", line_of(run, name)))
+    logged = sum(int(ms) for name in names for ms in re.findall(r"eval_time:(\d{1,15})ms", line_of(run, name)))
     seconds = max(run.result["eval_time_s"], logged / 1000)
     return of_seed(run, "evaluation time", shown and seconds <= MOST_EVALUATION_S,
                    f"{shown or 'no line'} (at most {MOST_EVALUATION_S} s; in all {seconds:.1f} s)")  # fmt: skip
@@ -730,7 +730,7 @@ def read_record(path):
         raise UserError(f"--record {path}: has no seed_results, a row a seed; {instead}")
     key = f"{record['score']}_val_loss" if "score" in record else "val_loss"
     losses = [row.get(key) if isinstance(row, dict) else None for row in rows.values()]
-    return checked_losses(f"--record {path}: {key} of its seed_results", losses, f"; {instead}")
+    return checked_losses(f"--record {path}: {key if key.isprintable() else repr(key)} of its seed_results", losses, f"; {instead}")
 
 
 def checked_losses(what, losses, instead=""):

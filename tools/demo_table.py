@@ -17,19 +17,48 @@ BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
 # how far apart three seeds of the demo ended, 120 s on a CPU each, and on how many bytes they were scored (RESULTS.md R017)
 SEEDS_APART, SEEDS_BYTES = 0.047, 615_808
 FEW_BYTES = 100_000  # a sixth of the demo's: a few documents decide what comes out
+FIGURES = ("val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "train_time_s")
+COUNTS = ("artifact_bytes", "total_bytes", "val_bytes", "steps", "tokens")
+COMPRESSORS = ("gzip_bpb", "xz_bpb")
+MOST = 1e18  # of any figure
 
 
 def read_result(path):
-    """The object of the file's last line; ValueError unless that line is `result {json}`."""
+    """The figures of the file's last line; ValueError unless that line is `result {json}`."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     if not lines or not lines[-1].startswith("result {"):
         raise ValueError(f"{path}: the trainer ended without a result line")
-    return json.loads(lines[-1].removeprefix("result "))
+    result = parse_object(path, lines[-1].removeprefix("result "))
+    return checked_figures(path, result, FIGURES) | checked_figures(path, result, COUNTS, int)
 
 
 def read_manifest(path):
-    """The data's manifest; empty for data without one."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else {}
+    """The figures of the data's manifest; empty for data without one."""
+    if not path or not Path(path).is_file():
+        return {}
+    manifest = parse_object(path, Path(path).read_text(encoding="utf-8"))
+    val = manifest.get("val", {})
+    return checked_figures(path, manifest, COMPRESSORS) | {"val": val if isinstance(val, dict) else {}}
+
+
+def parse_object(path, text):
+    """A JSON object; ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def checked_figures(path, source, names, kinds=(int, float)):
+    """The object; ValueError if one of these figures is there and is no number, or is too large to be one."""
+    for name in names:
+        value = source.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) < MOST):
+            raise ValueError(f"{path}: {name} is {value!r:.60}, expected a number")
+    return source
 
 
 def bits(value):
@@ -58,6 +87,10 @@ def warn_of_little_text(result):
         )
 
 
+def has(result, *names):
+    return all(result.get(name) is not None for name in names)
+
+
 def table_rows(result, manifest, artifact=None):
     """(label, text) of every figure that the run and the data have: an evaluation alone has no training, own data no manifest."""
     whole = manifest.get("val", {}).get("bytes") in (None, result.get("val_bytes"))
@@ -72,11 +105,11 @@ def table_rows(result, manifest, artifact=None):
     rows = [(f"bits per byte, {label}", bits(value)) for label, value in scores.items() if value is not None]
     if rows and result.get("device") == "cpu" and result.get("val_bytes"):
         rows.append(("noise of these", noise_text(result)))
-    if result.get("artifact_bytes") is not None:
+    if has(result, "artifact_bytes", "total_bytes"):
         rows.append(("artifact", artifact_text(result)))
     if artifact is not None:
         rows.append(("artifact's file", str(artifact)))
-    if result.get("steps") is not None:
+    if has(result, "train_time_s", "steps", "tokens"):
         rows.append(("training", f"{result['train_time_s']:.1f} s, {result['steps']:,} steps, {result['tokens']:,} tokens"))
     return rows
 
@@ -95,6 +128,8 @@ def main(argv=None):
     try:
         result = read_result(args.result)
         rows = table_rows(result, read_manifest(args.manifest), args.artifact)
+        if not rows:
+            raise ValueError(f"{args.result}: the result line has no figure")
     except (OSError, ValueError) as error:
         print(f"demo_table.py: error: {error}", file=sys.stderr)
         return 2

@@ -203,7 +203,7 @@ def read_manifest(folder):
     """The folder's manifest.json, or {} if there is none that can be read."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
