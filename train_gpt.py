@@ -365,9 +365,11 @@ def help_text() -> str:
 class World:
     """The processes of the run: one per GPU (nccl) or per CPU process (gloo). A single process runs the same code."""
 
+    watch: Any = None  # over the other processes, once they have joined
+
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
-        self.is_main = rank == 0
+        self.is_main, self.calls = rank == 0, 0  # calls: collectives that this process has entered
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -390,6 +392,7 @@ class World:
                 raise UserError(f"LOCAL_WORLD_SIZE={local_size}: expected at most {gpus}, one process a GPU")
             device = torch.device("cuda", local_rank)  # LOCAL_RANK, never RANK: there may be several machines
             torch.cuda.set_device(device)
+        world = cls(rank, size, device)
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
@@ -399,7 +402,8 @@ class World:
                 nets = [f"{key}={env[key]!r}" for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in env]
                 advice = f"is {' or '.join(nets)} a network interface here?" if nets else "start with torchrun"
                 raise UserError(f"WORLD_SIZE={size}: processes cannot join ({reason}); {advice}") from None
-        return cls(rank, size, device)
+            cls.watch = Watch(world, env)
+        return world
 
     @staticmethod
     def speaks(env: Mapping[str, str] = os.environ) -> bool:
@@ -419,6 +423,7 @@ class World:
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes, in place."""
+        self.calls += 1
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -426,12 +431,14 @@ class World:
     def sum_shares_(self, x: Tensor) -> Tensor:
         """Reduce-scatter of x (size * n, ...): returns this process's (n, ...) of the sum, in place."""
         share = x.chunk(self.size)[self.rank]
+        self.calls += 1
         if self.size > 1:
             getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(share, x)
         return share
 
     def agree(self, value: float) -> float:
         """Rank 0's value on every process; through gloo, so that the GPU's queue is not drained."""
+        self.calls += 1
         if self.size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
@@ -440,6 +447,7 @@ class World:
 
     def gather(self, x: Tensor) -> Tensor:
         """(n, ...) on each process -> (size * n, ...) on all, in rank order."""
+        self.calls += 1
         if self.size == 1:
             return x
         out = x.new_empty(self.size * x.size(0), *x.shape[1:])
@@ -458,6 +466,7 @@ class World:
 
     def close(self) -> None:
         if self.size > 1:
+            self.watch.close()
             dist.destroy_process_group()
 
 def threads_for(device: torch.device, pieces: int) -> ThreadPoolExecutor | None:
@@ -1577,12 +1586,6 @@ class Loop:
         self.batches, self.report = Batches(TokenStream(cfg, "train"), world), StepReport(cfg, log)
         self.clock, self.log, self.step, self.progress, self.pending = Clock(world), log, 0, 0.0, []
 
-    def restore(self, header: dict[str, Any]) -> None:
-        """As a checkpoint's header says."""
-        self.step = self.report.step = int(header["step"])
-        self.report.first_losses = list(header["first_losses"])
-        self.batches.restore(header)
-
     def read_losses(self, most: int) -> None:
         """Report the losses that are on their way to the host until `most` are left."""
         while len(self.pending) > most:
@@ -1659,32 +1662,6 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
     figures = dict(part for hook in take_step.hooks for part in hook.figures().items())
     return figures | {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "replicas_agree": agree,
                       "ms_per_step": 1000 * steps_s / step, "first_losses": loop.report.first_losses}  # fmt: skip
-
-class StepReport:
-    """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
-    five seconds. Every process stops at a loss that is not finite."""
-
-    def __init__(self, cfg: Config, log: Log) -> None:
-        self._cfg, self._log, self._next_s = cfg, log, 0.0
-        self.step, self.first_losses = 0, []
-
-    def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
-        self.step += 1
-        if self.step <= 20:
-            self.first_losses.append(loss)
-        cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
-        if not math.isfinite(loss):
-            rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
-            raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
-        figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
-        if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
-            self._log(figures)
-            self._next_s = elapsed_s + 5
-        self._log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
-
-def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed_s: float) -> str:
-    scored = f"val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f}"
-    return f"step:{step}/{cfg.iterations} {scored} train_time:{1000 * elapsed_s:.0f}ms"
 
 def replicas_agree(model: nn.Module, world: World) -> bool:
     """Whether every process holds the same weights, bit for bit: an integer checksum of each is compared."""
@@ -2138,7 +2115,7 @@ def calibration_sequences(cfg: Config, world: World) -> int:
 
 
 # ---- 10 Report -------------------------------------------------------------------------------------------------------
-# What the log says about the run besides its losses.
+# What the log says about the run.
 
 def git_commit() -> str:
     """The commit that the file stands at, "+" if it was changed since; "unknown" if git does not track it."""
@@ -2195,6 +2172,32 @@ def log_artifact(blob: bytes, path: str, model: GPT, log: Log) -> dict[str, Any]
     return {"params": params, "ternary_params": ternary, "artifact_bytes": len(blob), "code_bytes": len(code),
             "total_bytes": total, "codec": container.codec, "stream_bytes": dict(zip(STREAMS, packed, strict=True)),
             "code_sha256": hashlib.sha256(code).hexdigest(), "artifact_path": path}
+
+class StepReport:
+    """The losses so far, and their log lines: the first five steps, then every TRAIN_LOG_EVERY or, if it is 0, one each
+    five seconds. Every process stops at a loss that is not finite."""
+
+    def __init__(self, cfg: Config, log: Log) -> None:
+        self._cfg, self._log, self._next_s = cfg, log, 0.0
+        self.step, self.first_losses = 0, []
+
+    def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
+        self.step += 1
+        if self.step <= 20:
+            self.first_losses.append(loss)
+        cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
+        if not math.isfinite(loss):
+            rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
+            raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
+        figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
+        if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
+            self._log(figures)
+            self._next_s = elapsed_s + 5
+        self._log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
+
+def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed_s: float) -> str:
+    scored = f"val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f}"
+    return f"step:{step}/{cfg.iterations} {scored} train_time:{1000 * elapsed_s:.0f}ms"
 
 def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, log: Log) -> dict[str, Any]:
     """The reported scores of a reloaded model: chunked, then sliding."""
@@ -3779,6 +3782,7 @@ class OptionSettings(Settings):
     checkpoint_dir: str = setting("checkpoints", "their folder")
     resume: str = setting("", "1: go on from the newest; or the path of one")
     export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
+    check_replicas_every: int = setting(0, "steps between two comparisons of all processes' weights; 0: none", least=0)
 
     @property
     def softening(self) -> tuple[float, float]:
@@ -3964,9 +3968,10 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     cfg, half = step.cfg, compute_dtype(step.cfg.precision, step.world.device) == torch.float16
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
-    wanted = {BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
+    wanted = {Watching: step.world.watch, BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
               Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
               LossScaling: half, Clipping: cfg.grad_clip_norm, Averaging: cfg.ema, Churn: cfg.churn_log_every,
+              Replicas: cfg.check_replicas_every,
               Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
@@ -4300,14 +4305,22 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArtifactError(f"{path}: the checkpoint's header is not valid") from None
 
 def data_identity(cfg: Config) -> dict[str, str]:
-    """SHA-256 of what a run must find again: its shards' manifest, or else their names, sizes and beginnings; its
-    tokenizer."""
-    manifest, digest = Path(cfg.data_path) / "manifest.json", hashlib.sha256()
-    for path in [manifest] if manifest.is_file() else sorted(Path(cfg.data_path).glob("fineweb_train_*.bin")):
+    """What a run must find again: its training shards and its tokenizer."""
+    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    return {"data": shards_identity(cfg, "train"), "tokenizer": tokenizer}
+
+def shards_identity(cfg: Config, split: str) -> str:
+    """The number and the size of a split's shards, and a SHA-256 of their names and sizes and of the manifest or, without
+    one, of their beginnings."""
+    manifest, digest, total = Path(cfg.data_path) / "manifest.json", hashlib.sha256(), 0
+    shards = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
+    for path in [*shards, *[manifest] * manifest.is_file()]:
+        size = path.stat().st_size
         with open(path, "rb") as f:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read(-1 if path == manifest else 2**16))
-    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes())
-    return {"data": digest.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+            text = f.read(-1 if path == manifest else 0 if manifest.is_file() else 2**16)
+        digest.update(f"{path.name} {size} ".encode() + text)
+        total += size * (path != manifest)
+    return f"{len(shards)} shards, {total} bytes, {digest.hexdigest()[:16]}"
 
 class Checkpoints(Hook):
     """CHECKPOINT_EVERY, RESUME and EXPORT_ON_STOP. The training waits for the copy alone; a thread of rank 0 writes."""
@@ -4419,7 +4432,9 @@ class Checkpoints(Hook):
                 saved = f"the checkpoint has {header['same'].get(name)}"
                 raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
         restore_training(self.step, tensors, header["numbers"])
-        loop.restore(header)
+        loop.step = loop.report.step = int(header["step"])
+        loop.report.first_losses = list(header["first_losses"])
+        loop.batches.restore(header)
         beat = self.heartbeat(header)
         elapsed_s = world.agree(max(header["elapsed_s"], beat.get("elapsed_s", 0.0)))
         loop.clock.advance(elapsed_s)
@@ -4455,6 +4470,132 @@ def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[st
         except ArtifactError as error:
             log(f"warning: {error}; the one before is tried")
     return None
+
+# Several processes: each knows what the others do, so that one which is missing or different is named.
+
+class Watch:
+    """A thread tells the other processes once a second, through the store that they met at, how many collectives this
+    one has entered, and looks at theirs. It ends this process, and says why, if one of them gives no sign of life, has
+    failed, or stays behind while the others wait for it. Seconds are counted in looks: a machine that sleeps has none."""
+
+    LOOK_S = 1.0
+    SILENT, FAILED, WAITING, TRAINING = 20, 5, 600, 60  # looks
+
+    def __init__(self, world: World, env: Mapping[str, str]) -> None:
+        self.world, self.words, self.stopped, self.beats = world, "", threading.Event(), 0
+        self.silent, self.patience = self.SILENT, self.WAITING
+        self.where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        self.stores = [dist.PrefixStore(f"watch{env.get('TORCHELASTIC_RESTART_COUNT', '')}", dist.TCPStore(
+            env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False)) for _ in range(2)]  # fmt: skip
+        self.looks = [[-1, -1, "", 0, 0, 0] for _ in range(world.size)]  # beats, calls, words; looks since each changed
+        self.say()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def say(self, words: str = "") -> None:
+        self.words, self.beats = self.words or words, self.beats + 1
+        state = [self.beats, self.world.calls, self.words, platform.node()]
+        self.stores[0].set(f"state{self.world.rank}", json.dumps(state))
+
+    def run(self) -> None:
+        try:
+            while not self.stopped.wait(self.LOOK_S):
+                self.say()
+                states = self.stores[0].multi_get([f"state{rank}" for rank in range(self.world.size)])
+                if missing := self.missing([json.loads(state) for state in states]):
+                    self.end(missing)
+        except RuntimeError:  # the store is gone
+            time.sleep(self.FAILED * self.LOOK_S)  # if all are ending, so is this one
+            self.end({0: f"{self.where} cannot be reached: rank 0, or torchrun on its machine, has ended"})
+
+    def missing(self, states: list[tuple[int, int, str, str]]) -> dict[int, str]:
+        """Rank -> what is the matter with it."""
+        for look, state in zip(self.looks, states, strict=True):
+            for k in range(3):
+                look[k], look[k + 3] = state[k], look[k + 3] + 1 if look[k] == state[k] else 0
+        most, found = max(look[1] for look in self.looks), {}
+        for rank, (_, calls, words, silent, behind, failed) in enumerate(self.looks):
+            name = f"rank {rank} of {self.world.size} on {states[rank][3]}"
+            if words == "done" or rank == self.world.rank and words:
+                continue
+            if words and failed >= self.FAILED:
+                found[rank] = f"{name} failed: {words}"
+            elif silent >= self.silent and not words:
+                found[rank] = f"{name} has ended or stands still: no sign of life for {silent * self.LOOK_S:.0f} s"
+            elif calls < most and behind >= self.patience:
+                found[rank] = f"{name} hangs: the others have waited for it for {behind * self.LOOK_S:.0f} s"
+        return found
+
+    def end(self, missing: dict[int, str]) -> None:
+        """End this process; the first of those that are not missing says why."""
+        if self.stopped.is_set():
+            return
+        others = [rank for rank in range(self.world.size) if rank not in missing]
+        if others and self.world.rank == others[0]:
+            print(f"train_gpt.py: {'; '.join(missing.values())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3 * self.LOOK_S)  # torchrun ends every process with the first one that does
+        os._exit(1)
+
+    def failed(self, error: Exception, rest: int = 0) -> None:
+        """Tell the others of this process's own error. After an error of a collective, another process may have ended:
+        then it is named, and this call does not return."""
+        with contextlib.suppress(RuntimeError):
+            if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error).lower():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen it too
+                self.silent, rest = self.FAILED, 2 * self.FAILED
+            else:
+                self.say(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+            self.stopped.wait(rest * self.LOOK_S)
+
+    def close(self) -> None:
+        self.stopped.set()
+        with contextlib.suppress(RuntimeError):
+            self.say("done")
+
+    def compare(self, cfg: Config, artifact: bytes) -> None:
+        """UserError, on every process, unless all have the same settings, code, data and torch."""
+        self.stores[1].set(f"facts{self.world.rank}", json.dumps(run_identity(cfg, artifact)))
+        first, *others = (json.loads(self.stores[1].get(f"facts{rank}")) for rank in range(self.world.size))
+        for rank, theirs in enumerate(others, 1):
+            if name := next((name for name in first if theirs.get(name) != first[name]), ""):
+                both = f"{name}={theirs.get(name)} on rank {rank}, but {first[name]} on rank 0"
+                raise UserError(f"{both}; expected the same on all {self.world.size} processes")
+
+def run_identity(cfg: Config, artifact: bytes) -> dict[str, str]:
+    """What must be the same on every process; paths may differ from machine to machine."""
+    own = ("run_id", "log_dir", "artifact_path", "data_path", "tokenizer_path")
+    settings = {key.upper(): str(value) for key, value in dataclasses.asdict(cfg).items() if key not in own}
+    code, model = (hashlib.sha256(data).hexdigest() for data in (Path(__file__).read_bytes(), artifact))
+    data = {"artifact": model} if cfg.eval_only else data_identity(cfg)
+    return {"torch": torch.__version__, "code": code} | settings | data | {"validation": shards_identity(cfg, "val")}
+
+class Watching(Hook):
+    """While training, processes wait for each other at most Watch.TRAINING seconds; else one compiles or exports."""
+
+    def begin(self, loop: Loop) -> None:  # noqa: ARG002
+        self.step.world.watch.patience = Watch.TRAINING
+
+    def finish(self) -> None:
+        self.step.world.watch.patience = Watch.WAITING
+
+    def stop(self) -> bool:
+        self.finish()
+        return False
+
+class Replicas(Hook):
+    """CHECK_REPLICAS_EVERY: whether all processes compute with the same weights, bit for bit."""
+
+    def after_step(self, step: int, progress: float) -> str:  # noqa: ARG002
+        if (step + 1) % self.step.cfg.check_replicas_every:
+            return ""
+        owners = [(name, getattr(module, "operand", p)) for name, module, p, _ in parameter_owners(self.step.model)]
+        sums = torch.stack([t.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64) for _, t in owners])
+        all_sums = self.step.world.gather(sums[None]).cpu()
+        if (differ := (all_sums != all_sums[0]).nonzero()).numel():
+            rank, which = differ[0].tolist()
+            found = f"{owners[which][0]} of rank {rank} differs from rank 0's at step {step + 1}"
+            raise UserError(f"CHECK_REPLICAS_EVERY={self.step.cfg.check_replicas_every}: {found}; see docs/faults.md")
+        return ""
 
 # Optimizers of matrices, by MATRIX_OPTIMIZER.
 
@@ -5386,6 +5527,8 @@ def main() -> int:
     if not cfg.eval_only:
         for shape in cfg.step_shapes():
             batch_layout(cfg, world.size, shape)  # every process gets its share, or the run ends here
+    if world.watch:
+        world.watch.compare(cfg, blob)
     val = ValidationSet.load(cfg, world)
     if not cfg.eval_only:
         check_writable(cfg.artifact_path)
@@ -5427,10 +5570,15 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         if World.speaks():
             print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}{World.machine()}", file=sys.stderr)
-        else:
+        if World.watch:
+            World.watch.failed(error, rest=0 if World.speaks() else 12)
+        elif not World.speaks():
             time.sleep(3)  # torchrun ends every process with the first one that fails, which must be heard before
+            print(f"train_gpt.py: {World.name()}: {error}", file=sys.stderr)
         return 2
-    except Exception:
+    except Exception as error:
+        if World.watch:
+            World.watch.failed(error)
         print(f"train_gpt.py: {World.name()} failed:", file=sys.stderr, flush=True)
         raise
 

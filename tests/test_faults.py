@@ -1,0 +1,201 @@
+"""Several processes of which one dies, stands still, hangs, fails, or has other settings, code, data or weights: it is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, fresh_model, on_processes, tiny_config
+
+import train_gpt
+from train_gpt import UserError, World
+
+# The script with seconds for what waits a minute, and a fault on one process
+FAULTY = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}]
+import torch, train_gpt
+train_gpt.Watch.LOOK_S, train_gpt.Watch.SILENT, train_gpt.Watch.FAILED, train_gpt.Watch.TRAINING = 0.25, 8, 4, 8
+rank, calls = int(os.environ["RANK"]), 0
+def fault():
+    {fault}
+take = train_gpt.TrainingStep.take
+def faulty(step, *batch):
+    global calls
+    calls += 1
+    if rank == {rank} and calls == 6:
+        fault()
+    take(step, *batch)
+train_gpt.TrainingStep.take = faulty
+{before}
+sys.exit(train_gpt.run_until_stopped([]))
+"""
+
+
+def run_by_hand(env, cwd, count=2, rank=1, fault="pass", before="", envs=None):
+    """Each process's (exit code, stderr), without torchrun, which would end the others itself; one that is stopped is killed then."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = cwd / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT), fault=fault, rank=rank, before=before))
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
+    clean |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    children = [subprocess.Popen([sys.executable, str(script)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 env=clean | env | {"RANK": str(r), "LOCAL_RANK": str(r)} | (envs or {}).get(r, {})) for r in range(count)]  # fmt: skip
+    ends, deadline = {}, time.monotonic() + 60
+    for r, child in enumerate(children):
+        if not ("SIGSTOP" in fault and r == rank):
+            ends[r] = (child.communicate(timeout=max(1, deadline - time.monotonic()))[1], child.returncode)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
+    return ends
+
+
+def environment(data_dir, **settings):
+    paths = {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model"), "SLIDING_EVAL": "0", "TEMP_SCALING": "0"}
+    return TINY | paths | {"ITERATIONS": "1000000"} | {key.upper(): str(value) for key, value in settings.items()}
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "has ended or stands still: no sign of life for 1 s"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", "has ended or stands still: no sign of life for 2 s"),
+    ("time.sleep(1000)", "hangs: the others have waited for it for 2 s"),
+    ("raise train_gpt.UserError('DISK=b: gone')", "failed: DISK=b: gone"),
+    ("raise ValueError('a defect')", "failed: a defect"),
+])  # fmt: skip
+def test_a_process_that_is_missing_is_named(fault, said, data_dir, tmp_path):
+    ends = run_by_hand(environment(data_dir), tmp_path, fault=fault)
+    err, code = ends[0]
+    assert code == 1 and err.startswith("train_gpt.py: rank 1 of 2 on ") and err.count("\n") == 1 and said in err, err
+
+
+def test_a_process_that_fails_before_the_others_have_met_says_so_itself(tmp_path, monkeypatch, capsys):
+    """Unless rank 0 has said the same in the meantime, whereupon torchrun ends it."""
+    slept = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt.time, "sleep", slept.append)
+    for name, text in {"RANK": "1", "WORLD_SIZE": "2", "TOKENIZER_PATH": "nowhere.model"}.items():
+        monkeypatch.setenv(name, text)
+    assert train_gpt.run([]) == 2 and slept == [3]
+    assert capsys.readouterr().err == "train_gpt.py: rank 1 of 2: TOKENIZER_PATH='nowhere.model': no such file; expected a SentencePiece model\n"
+
+
+def other_data(folder, change):
+    """A copy of the data with a change, as a Config's paths."""
+    data_dir, other = folder
+    shutil.copytree(data_dir, other)
+    change(other)
+    return {"data_path": str(other), "tokenizer_path": str(other / "tokenizer.model")}
+
+
+DIFFERENCES = {
+    "rate": ({"matrix_lr": 0.05}, "MATRIX_LR=0.05 on rank 1, but 0.04 on rank 0"),
+    "option": ({"resume": "1"}, "RESUME=1 on rank 1, but  on rank 0"),
+    "torch": ({}, "torch=9.9 on rank 1, but 2.* on rank 0"),
+    "code": ({}, "code=[0-9a-f]{64} on rank 1, but [0-9a-f]{64} on rank 0"),
+    "train": (lambda d: (d / "fineweb_train_000001.bin").unlink(), "data=1 shards, .* on rank 1, but 2 shards, .* on rank 0"),
+    "val": (lambda d: (d / "fineweb_val_000000.bin").unlink(), "validation=0 shards, .* on rank 1, but 1 shards, .* on rank 0"),
+    "manifest": (lambda d: (d / "manifest.json").write_text("{}"), "data=2 shards, .* on rank 1, but 2 shards, .* on rank 0"),
+    "tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "tokenizer=.* on rank 1, but .* on rank 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_processes_that_differ_are_named(kind, data_dir, tmp_path, monkeypatch):
+    change, said = DIFFERENCES[kind]
+    paths = {"data_path": str(data_dir), "tokenizer_path": str(data_dir / "tokenizer.model")}
+    more = other_data((data_dir, tmp_path / "other"), change) if callable(change) else change
+    watch = train_gpt.Watch.__new__(train_gpt.Watch)
+    watch.world, watch.stores = World(0, 2), [None, torch.distributed.HashStore()]
+    with monkeypatch.context() as m:
+        if kind == "torch":
+            m.setattr(torch, "__version__", "9.9")
+        if kind == "code":
+            (tmp_path / "copy.py").write_text("other")
+            m.setattr(train_gpt, "__file__", str(tmp_path / "copy.py"))
+        theirs = train_gpt.run_identity(tiny_config(run_id="theirs", artifact_path="theirs", **paths | more), b"")
+    watch.stores[1].set("facts1", json.dumps(theirs))
+    with pytest.raises(UserError, match=f"^{said}; expected the same on all 2 processes$"):
+        watch.compare(tiny_config(run_id="ours", **paths), b"")
+    same = train_gpt.run_identity(tiny_config(run_id="theirs", log_dir="theirs", **paths), b"")
+    watch.stores[1].set("facts1", json.dumps(same))
+    watch.compare(tiny_config(run_id="ours", **paths), b"")
+
+
+def test_artifacts_that_differ_are_named(data_dir):
+    cfg = tiny_config(eval_only=True, data_path=str(data_dir))
+    ours, theirs = (train_gpt.run_identity(cfg, artifact) for artifact in (b"ours", b"theirs"))
+    assert [name for name in ours if ours[name] != theirs[name]] == ["artifact"]
+
+
+def test_processes_that_differ_end_before_the_first_step(data_dir, tmp_path):
+    ends = run_by_hand(environment(data_dir), tmp_path, envs={1: {"SEED": "8"}})
+    assert ends[0] == ("train_gpt.py: SEED=8 on rank 1, but 7 on rank 0; expected the same on all 2 processes\n", 2)
+    assert not (tmp_path / "logs").exists()
+
+
+def watched(looks, calls=(5, 5), words=("", ""), count=2, rank=0, beating=(True, True), patience=60):
+    """What a Watch of rank 0 finds after so many looks at the same two processes."""
+    watch = train_gpt.Watch.__new__(train_gpt.Watch)
+    watch.world, watch.silent, watch.patience = World(rank, count), watch.SILENT, patience
+    watch.looks = [[-1, -1, "", 0, 0, 0] for _ in range(count)]
+    for i in range(looks + 1):
+        found = watch.missing([(i * beating[r], calls[r], words[r], f"host{r}") for r in range(count)])
+    return found
+
+
+@pytest.mark.parametrize(("case", "found"), [
+    ({"looks": 1000}, {}),  # nobody waits for anybody: all compute
+    ({"looks": 19, "beating": (True, False)}, {}),
+    ({"looks": 20, "beating": (True, False)}, {1: "rank 1 of 2 on host1 has ended or stands still: no sign of life for 20 s"}),
+    ({"looks": 59, "calls": (6, 5)}, {}),
+    ({"looks": 60, "calls": (6, 5)}, {1: "rank 1 of 2 on host1 hangs: the others have waited for it for 60 s"}),
+    ({"looks": 60, "calls": (5, 6)}, {0: "rank 0 of 2 on host0 hangs: the others have waited for it for 60 s"}),
+    ({"looks": 599, "calls": (6, 5), "patience": 600}, {}),  # it compiles, or exports
+    ({"looks": 1000, "beating": (True, False), "words": ("", "done")}, {}),
+    ({"looks": 4, "words": ("", "disk full")}, {}),  # rank 0 may be about to say the same
+    ({"looks": 5, "words": ("", "disk full")}, {1: "rank 1 of 2 on host1 failed: disk full"}),
+    ({"looks": 1000, "words": ("disk full", "")}, {}),  # its own
+], ids=str)  # fmt: skip
+def test_what_a_process_makes_of_the_others(case, found):
+    assert watched(**case) == found
+
+
+def differing(world):
+    """What is said of a bit that differs in one parameter of rank 1, and that nothing is said before."""
+    cfg = tiny_config(check_replicas_every=3)
+    torch.manual_seed(cfg.seed)
+    model, said = fresh_model(cfg), []
+    with train_gpt.rounded_once(model):
+        step = train_gpt.TrainingStep(model, cfg, world)
+        (hook,) = [hook for hook in step.hooks if isinstance(hook, train_gpt.Replicas)]
+        for where in ("nowhere", "blocks.1.mlp.up.weight", "vocab_bias", "embed_in.weight"):
+            before = [p.detach().clone() for p in model.parameters()]
+            name, module, p, _ = next((o for o in train_gpt.parameter_owners(model) if o[0] == where), (None,) * 4)
+            if name and world.rank == 1:
+                getattr(module, "operand", p).detach().view(-1)[7] *= 1.0000002 if name == "vocab_bias" else -1
+                getattr(module, "operand", p).detach().view(-1)[8] += 1
+            try:
+                said.append([hook.after_step(k, 0.0) for k in range(3)])
+            except UserError as error:
+                said.append(str(error))
+            for p, w in zip(model.parameters(), before, strict=True):
+                p.data.copy_(w)
+            step.publish()
+    return said
+
+
+def test_weights_that_differ_are_named_with_their_step(tmp_path):
+    said = on_processes(2, tmp_path, "test_faults.differing")[0]
+    start = "CHECK_REPLICAS_EVERY=3: {} of rank 1 differs from rank 0's at step 3; see docs/faults.md"
+    assert said == [["", "", ""], *(start.format(name) for name in ("blocks.1.mlp.up.weight", "vocab_bias", "embed_in.weight"))]
