@@ -407,7 +407,7 @@ class World:
 
     @staticmethod
     def speaks(env: Mapping[str, str] = os.environ) -> bool:
-        """Whether this process says an error: the first of its machine; needs no other, so it works when joining fails."""
+        """Whether this process says an error: the first of its machine; it asks no other, which may have died."""
         rank = env.get("LOCAL_RANK", env.get("RANK", "0"))
         return rank == "0" or not rank.isdecimal() or env.get("WORLD_SIZE", "1") in ("0", "1")
 
@@ -2055,7 +2055,7 @@ def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, str
     mine = slice(1 + world.rank, None, world.size)
     # the first window scores all its targets, the others at most `stride`; it is not worth a compilation
     jobs = [(starts[:1], firsts[:1], seq_len, score_windows)] * world.is_main
-    jobs.append((starts[mine], firsts[mine], stride, compiled(score_windows, cfg, world)))
+    jobs.append((starts[mine], firsts[mine], stride, surviving(compiled(score_windows, cfg, world), score_windows)))
     positions = torch.arange(seq_len + 1, device=world.device)
 
     @torch.no_grad()  # which holds for its own thread alone
@@ -2616,6 +2616,24 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
     torch._dynamo.config.recompile_limit = 32  # one graph a shape, for the trained and for the reloaded model
     mode = cfg.compile_mode if cfg.compile_mode != "training" else "default"
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+
+def surviving(graph: Callable, plain: Callable) -> Callable:
+    """The graph; where it cannot be compiled for some batch, `plain` from then on: a trained model gets its score."""
+    broken: list[Exception] = []
+
+    def call(*arguments: Any) -> Any:
+        if not broken and graph is not plain:
+            try:
+                return graph(*arguments)
+            except torch.OutOfMemoryError:  # `within_memory` has an answer
+                raise
+            except Exception as error:
+                broken.append(error)
+                reason = (str(error).splitlines() or ["?"])[0]
+                print(f"warning: the score runs uncompiled: {type(error).__name__}: {reason}", file=sys.stderr)
+        return plain(*arguments)
+
+    return call
 
 def compiles(device: torch.device) -> bool:
     return device.type == "cuda" and (bool(torch.version.hip) or capability(device) >= (8, 9))
@@ -4310,8 +4328,8 @@ def data_identity(cfg: Config) -> dict[str, str]:
     return {"data": shards_identity(cfg, "train"), "tokenizer": tokenizer}
 
 def shards_identity(cfg: Config, split: str) -> str:
-    """The number and the size of a split's shards, and a SHA-256 of their names and sizes and of the manifest or, without
-    one, of their beginnings."""
+    """The number and the size of a split's shards, and a SHA-256 of their names and sizes and of the manifest, else of
+    their beginnings."""
     manifest, digest, total = Path(cfg.data_path) / "manifest.json", hashlib.sha256(), 0
     shards = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
     for path in [*shards, *[manifest] * manifest.is_file()]:
@@ -4476,7 +4494,7 @@ def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[st
 class Watch:
     """A thread tells the other processes once a second, through the store that they met at, how many collectives this
     one has entered, and looks at theirs. It ends this process, and says why, if one of them gives no sign of life, has
-    failed, or stays behind while the others wait for it. Seconds are counted in looks: a machine that sleeps has none."""
+    failed, or stays behind while the others wait for it. Seconds are counted in looks: a sleeping machine has none."""
 
     LOOK_S = 1.0
     SILENT, FAILED, WAITING, TRAINING = 20, 5, 600, 60  # looks

@@ -147,6 +147,27 @@ def test_compile_mode_training_leaves_the_score_alone_uncompiled(monkeypatch):
         assert (train_gpt.compiled(train_gpt.score_windows, cfg, World()) is train_gpt.score_windows) is (mode == "training")
 
 
+def test_a_batch_that_cannot_be_compiled_is_scored_all_the_same(capsys):
+    """The self-check sees one batch; a compiler may fail at another."""
+    calls, memory = [], []
+
+    def graph(x):
+        calls.append(x)
+        if memory:
+            raise torch.OutOfMemoryError("out of memory")
+        if len(x) == 3:
+            raise TypeError("list indices must be integers\nand more")
+        return x + 1
+
+    score = train_gpt.surviving(graph, lambda x: x - 1)
+    x = torch.zeros(4)
+    assert score(x).tolist() == [1] * 4 and score(x[:3]).tolist() == [-1] * 3 and score(x).tolist() == [-1] * 4
+    assert len(calls) == 2 and capsys.readouterr().err == "warning: the score runs uncompiled: TypeError: list indices must be integers\n"
+    memory.append(True)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_gpt.surviving(graph, lambda x: x - 1)(x)
+
+
 @pytest.mark.parametrize("kind", ["raises", "nan", "factor", "no gradient"])
 def test_where_flash_attention_3_fails_the_next_attention_is_checked_and_runs(kind):
     cfg, log = tiny_config(), []
