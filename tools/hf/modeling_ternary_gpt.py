@@ -197,3 +197,7 @@ class TernaryGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.logits(self.refined(self.blocks_in_order(self.embedded(input_ids))))
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
+        """The whole text every time, whatever a generation config says of caches."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
