@@ -38,7 +38,7 @@ class Context:
     """
 
     def __init__(self, model):
-        self.model, self.window = model, min(model.cfg.score_window, position_limit(model))
+        self.model, self.window = model, model.cfg.score_window
         self.cached, self.taught = True, []
         self.restart()
         checked = [i % model.cfg.vocab_size for i in range(1, 1 + min(CHECKED_TOKENS, self.window))]
@@ -161,14 +161,6 @@ class Context:
         joined = torch.cat((before, x), dim=1)
         self.memory[key] = joined[:, 1 - module.kernel :]
         return plain(module, joined)[:, before.size(1) :]
-
-
-def position_limit(model):
-    """Positions that the model has angles or features for."""
-    import train_gpt
-
-    radial = [module.features.size(0) for module in model.modules() if isinstance(module, train_gpt.RadialNorm)]
-    return min(radial, default=math.inf)
 
 
 def whole_logits(model, ids, tail=1):
