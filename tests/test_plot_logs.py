@@ -28,7 +28,9 @@ def test_a_curve_is_read_and_drawn(tmp_path):
     axes = Figure().subplots()
     plot_logs.draw(axes, curves, plot_logs.parse_arguments(["x", "--out", "y.png", "--smooth", "1"]))
     lines, dots = axes.get_lines()[::2], axes.get_lines()[1::2]
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 2  # a and b, whatever their colours
+    assert (
+        len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 2
+    )  # a and b, whatever their colours
     assert [line.get_label() for line in lines if line.get_label()[0] != "_"] == ["b  1.500", "a  2.600"]  # the best first
     assert lines[0].get_xdata().tolist() == [0.5, 1.0, 1.5] and lines[0].get_ydata().tolist() == [8, 6, 5]
     assert {(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots} == {(4.5, 4)}
@@ -73,7 +75,10 @@ def test_a_file_that_is_no_training_log_is_named_and_left_out(case, tmp_path, ca
     other.write_bytes(content)
     assert plot(tmp_path, other, log, tmp_path) == 0 and (tmp_path / "picture.png").exists()
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"plot_logs.py: left out: {other}: {said}") and second == f"plot_logs.py: left out: {tmp_path}: is a folder"
+    assert (
+        first.startswith(f"plot_logs.py: left out: {other}: {said}")
+        and second == f"plot_logs.py: left out: {tmp_path}: is a folder"
+    )
     (tmp_path / "picture.png").unlink()
     assert plot(tmp_path, other, other) == 2 and not (tmp_path / "picture.png").exists()
     assert capsys.readouterr().err.splitlines()[-1] == f"plot_logs.py: error: {other}, {other}: no log of a training run"
@@ -165,7 +170,9 @@ def test_the_learning_rate_is_the_schedules(tmp_path):
     x, y = plot_logs.points(curve_of(tmp_path), "steps", "learning_rate", 1)
     assert (x[0], x[-1]) == (1, 100) and y[-1] == pytest.approx(0.0008)
     clock = {"max_wallclock_seconds": 5.0, "iterations": 10_000}
-    rate = plot_logs.rate_at(curve_of(tmp_path, steps=40, settings=clock.items(), result={"steps": 40, "ms_per_step": 100.0}.items()))
+    rate = plot_logs.rate_at(
+        curve_of(tmp_path, steps=40, settings=clock.items(), result={"steps": 40, "ms_per_step": 100.0}.items())
+    )
     assert [rate(step, step / 10) for step in (20, 31)] == pytest.approx([0.04, 0.02])
 
 
@@ -206,7 +213,9 @@ def test_every_value_is_a_picture_and_the_same_one_again(value, name, tmp_path):
         pictures.append((tmp_path / name).read_bytes())
     assert pictures[0] == pictures[1] and pictures[0].startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
     if name.endswith("svg"):  # text is text
-        said = {"bytes": "header", "learning_rate": "learning rate of the matrices", "effects": "bits per byte against control"}[value]
+        said = {"bytes": "header", "learning_rate": "learning rate of the matrices", "effects": "bits per byte against control"}[
+            value
+        ]
         assert said in pictures[0].decode()
 
 
@@ -214,7 +223,9 @@ def test_bytes_of_a_run_fill_its_bar(tmp_path):
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    plot_logs.draw_bytes(axes, [curve_of(tmp_path), curve_of(tmp_path, result={"stream_bytes": [300, 20, 300, 30], "artifact_bytes": 700}.items())])
+    plot_logs.draw_bytes(
+        axes, [curve_of(tmp_path), curve_of(tmp_path, result={"stream_bytes": [300, 20, 300, 30], "artifact_bytes": 700}.items())]
+    )
     widths = [patch.get_width() for patch in axes.patches]
     assert widths == pytest.approx([0.2, 0.02, 0.3, 0.03, 0.05])  # means over the two seeds of one name
     fills = {(patch.get_facecolor(), patch.get_hatch()) for patch in axes.patches}
@@ -235,8 +246,21 @@ def test_effects_are_the_tables(tmp_path):
     assert new.lines[0].get_xdata()[0] == 1 and one.lines[0].get_xdata()[0] == -1
     spans = [float(bar.get_segments()[0][1][0] - bar.get_segments()[0][0][0]) / 2 for bar in (new.lines[2][0], one.lines[2][0])]
     assert spans == pytest.approx([(7 / 3 + 2 / 2) ** 0.5, (7 * 4 / 3) ** 0.5])
+    assert "hollow, dotted: one seed, with the spread of base" in axes.get_xlabel()
     assert [c.lines[0].get_markerfacecolor() for c in (new, one)] == [plot_logs.COLOURS[0], "white"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["new", "one"]
+
+
+def test_effects_of_single_seeds_have_no_bars(tmp_path):
+    from matplotlib.figure import Figure
+
+    lines = [
+        {"arm": arm, "seed": 1, "settings": {}, "result": {"val_bpb": 2.0, "roundtrip_val_bpb": 2.0, "steps": 1}} for arm in "ab"
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = Figure().subplots()
+    plot_logs.draw_effects(axes, plot_logs.scores_of(plot_logs.read_results(tmp_path / "results.jsonl")))
+    assert axes.containers[0].lines[2] == () and axes.get_xlabel().endswith("hollow: of one seed no error is known")
 
 
 @pytest.mark.parametrize(("log", "value", "said"), [

@@ -89,7 +89,9 @@ def trained(data_dir, tmp_path_factory):
 def tiny_page(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     report.SAMPLER, before = folder / "sample.py", report.SAMPLER
-    report.SAMPLER.write_text("import sys; print((sys.argv[2] if sys.argv[2][0] != '-' else '') + ' and <b>more</b> of ' + sys.argv[1])")
+    report.SAMPLER.write_text(
+        "import sys; print((sys.argv[2] if sys.argv[2][0] != '-' else '') + ' and <b>more</b> of ' + sys.argv[1])"
+    )
     try:
         code, page = make(folder, trained)
     finally:
@@ -123,7 +125,9 @@ def test_the_page_says_what_the_log_says(tiny_page, trained):
     assert all(f"{size:,}" in text for size in run.result["stream_bytes"].values())
     assert run.hardware in text and "FAIL seeds 7" in text  # tools/compliance.py
     settings = tiny_page[tiny_page.index('id="settings"') : tiny_page.index('id="machine"')]
-    shown = {re.sub("<wbr>", "", name): value for name, value in re.findall(r"<code>(.*?)</code></th>.*?</td><td>(.*?)</td>", settings)}
+    shown = {
+        re.sub("<wbr>", "", name): value for name, value in re.findall(r"<code>(.*?)</code></th>.*?</td><td>(.*?)</td>", settings)
+    }
     default = train_gpt.Config()
     differ = {k.upper() for k, v in run.config.items() if v != getattr(default, k)} - {"RUN_ID", "ARTIFACT_PATH", "LOG_DIR"}
     assert shown.keys() == differ and shown["NUM_LAYERS"] == "3"
@@ -140,7 +144,9 @@ def test_curves_are_the_logs_on_every_axis(tiny_page, trained):
     assert {name for name, _ in found} == {"Loss", "Validation", "Learning rate", "Zeros among the ternary weights"}
     assert {axis for _, axis in found} == {"training time", "optimizer steps", "training tokens"}
     steps, tokens = (found["Validation", axis] for axis in ("optimizer steps", "training tokens"))
-    expected = [(int(s), float(b)) for s, b in re.findall(r"^step:(\d+)/24 val_loss:\S+ val_bpb:(\S+)", trained.read_text(), re.M)]
+    expected = [
+        (int(s), float(b)) for s, b in re.findall(r"^step:(\d+)/24 val_loss:\S+ val_bpb:(\S+)", trained.read_text(), re.M)
+    ]
     assert list(zip(steps["x"], steps["y"], strict=True)) == expected and len(expected) == 3
     assert [round(x * 1e6) for x in tokens["x"]] == [256 * step for step, _ in expected]
     for series in found.values():
@@ -154,7 +160,9 @@ def test_layers_are_the_models(tiny_page, trained):
     ternary = [layer for layer in layers.matrices if layer.storage == "ternary"]
     sizes = [math.prod(layer.shape) for layer in ternary]
     assert sum(sizes) == run.result["ternary_params"]
-    assert sum(z * n for z, n in zip([layer.zeros for layer in ternary], sizes, strict=True)) / sum(sizes) == pytest.approx(run.result["zero_frac"])
+    assert sum(z * n for z, n in zip([layer.zeros for layer in ternary], sizes, strict=True)) / sum(sizes) == pytest.approx(
+        run.result["zero_frac"]
+    )
     assert all(sum(layer.scales) + layer.empty == n // 32 for layer, n in zip(ternary, sizes, strict=True))  # BITNET_GROUP_SIZE
     assert all(f"{100 * layer.zeros:.1f}" in tiny_page for layer in ternary)
     assert sum(math.prod(layer.shape) for layer in layers.matrices) + layers.other_weights == run.result["params"]
@@ -229,7 +237,10 @@ def test_several_logs_stand_side_by_side_with_their_differences(tmp_path):
 
 
 def test_seeds_of_one_experiment_are_checked_together(tmp_path):
-    logs = [short_log(tmp_path / f"{seed}.txt", {"run_id": "same"}, {"seed": seed, "artifact_sha256": f"{seed:064}"}) for seed in (42, 7, 1)]
+    logs = [
+        short_log(tmp_path / f"{seed}.txt", {"run_id": "same"}, {"seed": seed, "artifact_sha256": f"{seed:064}"})
+        for seed in (42, 7, 1)
+    ]
     code, page = make(tmp_path, *logs)
     text = Reader(page).text
     assert code == 0 and "one by one" not in text and re.search(r"three seeds PASS", text)
@@ -241,7 +252,9 @@ def test_a_setting_that_an_older_program_lacks_is_no_difference(tmp_path):
         return text.replace('"kernels": "auto", ', "").replace('"bigram_hash": false', '"bigram_hash": 0')
 
     code, page = make(tmp_path, short_log(tmp_path / "new.txt"), short_log(tmp_path / "old.txt", change=without))
-    assert code == 0 and "KERNELS" not in page and "BIGRAM" not in page and "<tr class=differs" not in page.split('id="machine"')[0]
+    assert (
+        code == 0 and "KERNELS" not in page and "BIGRAM" not in page and "<tr class=differs" not in page.split('id="machine"')[0]
+    )
 
 
 # -------------------------------------------------------------------------------------------------- what a log may say
@@ -254,8 +267,16 @@ def test_what_a_log_says_stays_text(tmp_path):
     pages = []
     for name, text in (("a", "harmless"), ("b", HOSTILE)):
         words = {"run_id": text, "matrix_optimizer": text}
-        figures = {"gpu_name": text, "attention": text, "git_commit": text, "stream_bytes": {"trits": 5, text: 7}, "artifact_path": text}
-        plain = lambda line, text=text: line.replace("precision:torch.float32", f"precision:{'<b>x</b>' if text == HOSTILE else 'plain'}")
+        figures = {
+            "gpu_name": text,
+            "attention": text,
+            "git_commit": text,
+            "stream_bytes": {"trits": 5, text: 7},
+            "artifact_path": text,
+        }
+        plain = lambda line, text=text: line.replace(
+            "precision:torch.float32", f"precision:{'<b>x</b>' if text == HOSTILE else 'plain'}"
+        )
         (tmp_path / name).mkdir()
         code, page = make(tmp_path / name, short_log(tmp_path / name / "log.txt", words, figures, plain))
         assert code == 0
@@ -270,7 +291,9 @@ def test_what_a_log_says_stays_text(tmp_path):
 def test_samples_are_text_and_a_sampler_that_fails_says_why(tiny_page, trained, tmp_path, monkeypatch):
     samples = tiny_page[tiny_page.index('id="samples"') : tiny_page.index('id="passages"')]
     assert samples.count('class="sample"') == 3 and "&lt;b&gt;more&lt;/b&gt;" in samples and "tiny.ptz" in samples
-    assert len(re.findall(r'aria-label="sample"><strong>[^<]+</strong> and', samples)) == 2  # what it was to continue is told apart
+    assert (
+        len(re.findall(r'aria-label="sample"><strong>[^<]+</strong> and', samples)) == 2
+    )  # what it was to continue is told apart
     monkeypatch.setattr(report, "SAMPLER", tmp_path / "sample.py")
     report.SAMPLER.write_text("import sys; sys.exit('sample.py: error: <no> memory')")
     code, page = make(tmp_path, trained, "--prompt", "The <end>")

@@ -62,7 +62,13 @@ COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#E
 LINES = ("-", (0, (6, 2)), (0, (1.2, 1.5)), (0, (7, 2, 1.2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 # colour, hatching and ink of the streams, from dark to light
-FILLS = (("#0072B2", "", "white"), ("#000000", "", "white"), ("#E69F00", "//", "black"), ("#CC79A7", "..", "black"), ("#DDDDDD", "", "black"))
+FILLS = (
+    ("#0072B2", "", "white"),
+    ("#000000", "", "white"),
+    ("#E69F00", "//", "black"),
+    ("#CC79A7", "..", "black"),
+    ("#DDDDDD", "", "black"),
+)
 
 
 class Curve(NamedTuple):
@@ -98,7 +104,9 @@ def read_curve(path):
         raise NoTrainingLog(f"{path}: the logs of {runs} runs in one file: give each its own")
     # a legend leaves out what begins with "_", as bench/arms.py's log of "(preset)" does; a font has no half characters
     name = re.sub(r"^_+|_seed\d+$", "", Path(path).stem).encode(errors="replace").decode()
-    return Curve(name or "log", training, validation, read_zeros(lines), *(object_of(path, lines, kind) for kind in ("config", "result")))
+    return Curve(
+        name or "log", training, validation, read_zeros(lines), *(object_of(path, lines, kind) for kind in ("config", "result"))
+    )
 
 
 def read_zeros(lines):
@@ -336,7 +344,10 @@ def mean_bytes(curves):
             print(f"plot_logs.py: left out: {error}", file=sys.stderr)
     if not found:
         raise UserError("--value bytes: no log has the bytes of its artifact's streams; a run that has ended does")
-    return {name: {stream: statistics.fmean(sizes.get(stream, 0) for sizes in seeds) for stream in seeds[0]} for name, seeds in found.items()}
+    return {
+        name: {stream: statistics.fmean(sizes.get(stream, 0) for sizes in seeds) for stream in seeds[0]}
+        for name, seeds in found.items()
+    }
 
 
 def draw_bytes(axes, curves):
@@ -357,7 +368,9 @@ def draw_bytes(axes, curves):
     axes.set_yticks(range(len(runs)), [shortened(name, 24) for name in runs], parse_math=False)
     axes.set_ylim(len(runs) - 0.4, -0.6) if len(runs) > 1 else axes.set_ylim(1, -1)
     axes.set_xlim(0, 1.12 * most)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, fontsize="small", columnspacing=1, handlelength=1.5)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, fontsize="small", columnspacing=1, handlelength=1.5
+    )
     axes.set_xlabel("bytes of the artifact (thousands), by stream")
 
 
@@ -369,19 +382,24 @@ def draw_effects(axes, done):
         raise UserError("--value effects: expected results of at least two arms")
     for row, difference in enumerate(found.values()):
         alone = difference.error is None
-        error = (single or 0.0) if alone else difference.error
+        error = single if alone else difference.error
         _, _, bars = axes.errorbar(difference.mean, row, xerr=error, fmt="o", color=COLOURS[0], ecolor="black", capsize=4, markersize=5,
                                    markerfacecolor="white" if alone else COLOURS[0])  # fmt: skip
-        bars[0].set_linestyle((0, (1, 1)) if alone else "-")
-        axes.annotate(str(difference), (difference.mean + error, row), (8, 0), textcoords="offset points", va="center", fontsize="small",
+        for bar in bars:
+            bar.set_linestyle((0, (1, 1)) if alone else "-")
+        axes.annotate(str(difference), (difference.mean + (error or 0.0), row), (8, 0), textcoords="offset points", va="center", fontsize="small",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.axvline(0, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(found)), [shortened(arm) for arm in found], parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.margins(x=0.25)
     first = shortened(done[0].arm, 24)
-    alone = f"\nhollow, dotted: one seed, with the spread of {first}" if None in {d.error for d in found.values()} and single else ""
-    axes.set_xlabel(f"bits per byte against {first} (left is better)\nbars: one standard error to each side{alone}", parse_math=False)
+    said = ["bars: one standard error to each side"] if single or any(d.error is not None for d in found.values()) else []
+    if any(d.error is None for d in found.values()):
+        said.append(
+            f"hollow, dotted: one seed, with the spread of {first}" if single else "hollow: of one seed no error is known"
+        )
+    axes.set_xlabel("\n".join([f"bits per byte against {first} (left is better)", *said]), parse_math=False)
     axes.grid(alpha=0.3, axis="x")
 
 
@@ -396,7 +414,9 @@ def shortened(name, most=48):
 
 def add_legend(owner, axes, **where):
     handles, labels = axes.get_legend_handles_labels()
-    legend = owner.legend(handles, labels, title="validation, bits per byte", frameon=False, alignment="left", handlelength=3.4, **where)
+    legend = owner.legend(
+        handles, labels, title="validation, bits per byte", frameon=False, alignment="left", handlelength=3.4, **where
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name with two dollars is no formula
 
@@ -405,7 +425,10 @@ def new_figure(width, height):
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may not be installed here
     from matplotlib import pyplot
 
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "plot_logs"}  # text stays text; the same picture is the same bytes
+    pyplot.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "plot_logs",
+    }  # text stays text; the same picture is the same bytes
     return pyplot.figure(figsize=(width, height), layout="constrained")
 
 

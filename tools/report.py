@@ -136,7 +136,12 @@ def program_defaults(code):
     found = {}
     for node in (node for part in tree.body if isinstance(part, ast.ClassDef) for node in part.body):
         value = node.value if isinstance(node, ast.AnnAssign) else None
-        if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "setting" and value.args and isinstance(node.target, ast.Name):
+        if (
+            isinstance(value, ast.Call)
+            and getattr(value.func, "id", "") == "setting"
+            and value.args
+            and isinstance(node.target, ast.Name)
+        ):
             try:
                 found[node.target.id] = ast.literal_eval(value.args[0])
             except (ValueError, TypeError, SyntaxError, RecursionError):
@@ -210,7 +215,9 @@ def settings_section(subjects):
     own = all(program_defaults(s.run.code) for s in subjects)
     said = "Settings that differ from the defaults of " + ("the program that ran." if own else "train_gpt.py as it is now.")
     between = " \u2260 marks what differs between the runs." if len(subjects) > 1 else ""
-    return section("settings", "Settings", note(said + between), table(columns, rows, marked=marked) if rows else note("None differs."))
+    return section(
+        "settings", "Settings", note(said + between), table(columns, rows, marked=marked) if rows else note("None differs.")
+    )
 
 
 def setting_text(value):
@@ -218,9 +225,15 @@ def setting_text(value):
 
 
 def machine_section(subjects):
-    versions = [dict(word.split(":", 1) for word in s.run.lines[0].split() if ":" in word) if s.run.lines else {} for s in subjects]
+    versions = [
+        dict(word.split(":", 1) for word in s.run.lines[0].split() if ":" in word) if s.run.lines else {} for s in subjects
+    ]
     rows = [["hardware", *(esc(s.run.hardware) if not s.run.is_evaluation else "" for s in subjects)]]
-    rows += [[esc(label), *(esc(v.get(key, "")) for v in versions)] for key, label in MACHINE.items() if any(key in v for v in versions)]
+    rows += [
+        [esc(label), *(esc(v.get(key, "")) for v in versions)]
+        for key, label in MACHINE.items()
+        if any(key in v for v in versions)
+    ]
     for key, label in (("attention", "attention"), ("git_commit", "commit"), ("code_sha256", "SHA-256 of the code"),
                        ("artifact_sha256", "SHA-256 of the artifact")):  # fmt: skip
         values = [str(s.run.result.get(key, ""))[:16] for s in subjects]
@@ -279,7 +292,9 @@ def bytes_section(subjects):
         bars.append((s.name, sizes))
         code, total = s.run.result["code_bytes"], s.run.result["total_bytes"]
         share = f"{100 * total / BUDGET_BYTES:.1f} %"
-        rows.append([esc(s.name), *(f"{n:,}" for n in sizes.values()), f"{sum(sizes.values()):,}", f"{code:,}", f"{total:,}", share])
+        rows.append(
+            [esc(s.name), *(f"{n:,}" for n in sizes.values()), f"{sum(sizes.values()):,}", f"{code:,}", f"{total:,}", share]
+        )
     if not bars:
         return section("bytes", "Bytes", *missing)
     columns = ["run", *map(esc, bars[0][1]), "artifact", "code", "together", f"of {BUDGET_BYTES:,}"]
@@ -328,7 +343,9 @@ class Views:
             what = f"scales of {layer.name}, {found.low:.2g} to {found.high:.2g}: {', '.join(map(str, layer.scales))}; empty groups: {layer.empty}"
             picture = histogram(layer.scales, what) if layer.scales and sum(layer.scales) else ""
             rows.append([name_of(layer.name), " x ".join(map(str, layer.shape)), esc(layer.storage), zeros, picture])
-        said = f"Histograms of the groups' scales, {found.low:.2g} to {found.high:.2g}, logarithmic. " * any(layer.scales for layer in found.matrices)
+        said = f"Histograms of the groups' scales, {found.low:.2g} to {found.high:.2g}, logarithmic. " * any(
+            layer.scales for layer in found.matrices
+        )
         others = f"Besides, {found.others} small parameters of {found.other_weights:,} numbers."
         return table(["matrix", "shape", "stored as", "zeros, %", "scales"], rows, numeric=(3,)) + note(said + others)
 
@@ -343,17 +360,23 @@ class Views:
         if self.options.text:
             return report_model.text_tokens(self.options.text, self.tokenizer[0])
         folders = [self.options.data] if self.options.data else named_by(self.subject.run, "data_path")
-        folder = next((path for path in folders if compliance.shard_paths(path, "val")), folders[0] if folders else Path("DATA_PATH"))
+        folder = next(
+            (path for path in folders if compliance.shard_paths(path, "val")), folders[0] if folders else Path("DATA_PATH")
+        )
         return report_model.held_out_tokens(folder)
 
     def passages(self):
         ids, (tokenizer, byte_table) = self.held_out, self.tokenizer
         if max(ids) >= self.model.cfg.vocab_size:
-            raise UserError(f"the held-out text has token {max(ids)}, and the model {self.model.cfg.vocab_size}: another tokenizer made it")
+            raise UserError(
+                f"the held-out text has token {max(ids)}, and the model {self.model.cfg.vocab_size}: another tokenizer made it"
+            )
         found = report_model.passages_of(ids, report_model.token_bits(self.model, ids), tokenizer, byte_table)
         hardest, easiest = report_model.extremes(found)
         if not hardest:
-            raise UserError(f"the held-out text has {len(found)} passages of {report_model.LEAST_TOKENS} tokens or more, expected 2")
+            raise UserError(
+                f"the held-out text has {len(found)} passages of {report_model.LEAST_TOKENS} tokens or more, expected 2"
+            )
         steps = "".join(f'<span style="--b:{colour(bits)}">{bits}</span>' for bits in (0, 2, 4, 8, 12, 16))
         said = f"Out of {len(found):,} passages of the first {len(ids) - 1:,} tokens; the colour of a token is its bits:"
         parts = [f'<p class="note">{esc(said)} <span class="scale">{steps}</span></p>']
@@ -391,7 +414,9 @@ class Views:
         except subprocess.TimeoutExpired:
             return note(f"No sample: tools/sample.py took more than {SAMPLE_SECONDS} s")
         if done.returncode:
-            return note(f"No sample: {(done.stderr.decode(errors='replace').strip().splitlines() or ['exit code ' + str(done.returncode)])[-1]}")
+            return note(
+                f"No sample: {(done.stderr.decode(errors='replace').strip().splitlines() or ['exit code ' + str(done.returncode)])[-1]}"
+            )
         text = done.stdout.decode(errors="replace").rstrip("\n")
         begun = f"<strong>{esc(prompt)}</strong>{esc(text[len(prompt) :])}" if prompt and text.startswith(prompt) else esc(text)
         return f'<div class="sample" tabindex="0" role="region" aria-label="sample">{begun}</div>'
@@ -403,7 +428,10 @@ def colour(bits):
 
 
 def passage_html(passage):
-    spans = "".join(f'<span style="--b:{colour(unit.bits)}" title="{unit.bits:.1f} bits">{esc(visible(unit.text))}</span>' for unit in passage.units)
+    spans = "".join(
+        f'<span style="--b:{colour(unit.bits)}" title="{unit.bits:.1f} bits">{esc(visible(unit.text))}</span>'
+        for unit in passage.units
+    )
     costly = sorted(passage.units, key=lambda unit: -unit.bits)[:3]
     words = ", ".join(f"\u201c{visible(unit.text).strip()}\u201d {unit.bits:.1f}" for unit in costly)
     return (f'<div class="passage" tabindex="0" role="region" aria-label="passage">{spans}</div>'
@@ -433,7 +461,10 @@ def model_sections(subjects, options):
             except UserError as error:
                 body = note(f"Left out: {error}.")
             parts[name].append(f"<div>{f'<h3>{esc(s.name)}</h3>' if len(subjects) > 1 else ''}{body}</div>")
-    return {name: (title, section(name, title, f'<div class="runs">{"".join(parts[name])}</div>')) for name, title in MODEL_SECTIONS.items()}
+    return {
+        name: (title, section(name, title, f'<div class="runs">{"".join(parts[name])}</div>'))
+        for name, title in MODEL_SECTIONS.items()
+    }
 
 
 def report(subjects, options):
@@ -455,9 +486,13 @@ def parse_arguments(argv):
     parser = OneLineParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
     parser.add_argument("--out", type=Path, metavar="HTML", help="default: the first log's name, ending in .html")
-    parser.add_argument("--artifact", type=Path, action="append", default=[], metavar="FILE", help="a run's artifact; once for each")
+    parser.add_argument(
+        "--artifact", type=Path, action="append", default=[], metavar="FILE", help="a run's artifact; once for each"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the SentencePiece model of the runs")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder of the validation shards; default: the logs' data_path")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="the folder of the validation shards; default: the logs' data_path"
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="score passages of this text, not of the validation shards")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text that samples continue; once for each")
     parser.add_argument("--smooth", type=int, default=20, metavar="N", help="training losses in a running mean (default 20)")

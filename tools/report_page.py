@@ -54,7 +54,8 @@ def table(columns, rows, caption="", numeric=(), marked=()):
         for n, row in enumerate(rows)
     )  # fmt: skip
     said = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{said}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    whole = f"<table>{said}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{whole}</div>'
 
 
 def section(name, title, *parts):
@@ -117,7 +118,9 @@ def line_chart(title, x_axis, y_axis, curves, kind="", top=None):
         colour, dashes, shape = look(i)
         if points:
             path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
-            parts.append(f'<polyline class="curve" clip-path="url(#{inside})" points="{path}" stroke="{colour}" stroke-dasharray="{dashes}"/>')
+            parts.append(
+                f'<polyline class="curve" clip-path="url(#{inside})" points="{path}" stroke="{colour}" stroke-dasharray="{dashes}"/>'
+            )
         parts += [mark(shape, at_x(x), at_y(y), f'class="score" fill="{colour}"') for x, y in scores if y <= high]
         shown = sorted({*points, *scores})
         data.append({"name": name, "x": [x for x, _ in shown], "y": [y for _, y in shown], "px": [round(at_x(x), 1) for x, _ in shown],
@@ -125,9 +128,12 @@ def line_chart(title, x_axis, y_axis, curves, kind="", top=None):
         parts.append(f'<circle class="dot" r="5" fill="{colour}"/>')
     parts.append(f'<line class="cross" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     clip = f'<clipPath id="{inside}"><rect x="{LEFT}" y="{TOP - 2}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>'
-    picture = f'<svg class="wide" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{esc(title)}: {esc(y_axis)} against {esc(x_axis)}; arrow keys show values">{clip}{"".join(parts)}</svg>'
+    words = f"{esc(title)}: {esc(y_axis)} against {esc(x_axis)}; arrow keys show values"
+    picture = (f'<svg class="wide" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{words}">'
+               f'{clip}{"".join(parts)}</svg>')  # fmt: skip
+    values = embedded({"axis": x_axis, "series": data})
     return (f'<figure class="chart {kind}"><figcaption>{esc(title)}; {esc(y_axis)}</figcaption>{legend(rows)}<div class="scroll">{picture}</div>'
-            f'<output aria-live="polite"></output><script type="application/json">{embedded({"axis": x_axis, "series": data})}</script></figure>')  # fmt: skip
+            f'<output aria-live="polite"></output><script type="application/json">{values}</script></figure>')  # fmt: skip
 
 
 def frame(xs, ys, at_x, at_y, x_axis, y_axis):
@@ -140,7 +146,9 @@ def frame(xs, ys, at_x, at_y, x_axis, y_axis):
     lines.append(f'<path class="axis" fill="none" d="M{LEFT},{TOP}V{bottom}H{right}"/>')
     lines.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{esc(x_axis)}</text>')
     middle = (TOP + bottom) / 2
-    lines.append(f'<text class="vertical" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{esc(y_axis)}</text>')
+    lines.append(
+        f'<text class="vertical" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{esc(y_axis)}</text>'
+    )
     return "".join(lines)
 
 
@@ -152,7 +160,9 @@ def legend(rows):
     for name, i, *_ in rows:
         colour, dashes, shape = look(i)
         line = f'<line x1="0" x2="48" y1="7" y2="7" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
-        items.append(f'<li><svg viewBox="0 0 48 14" aria-hidden="true">{line}{mark(shape, 24, 7, f"""fill="{colour}" """)}</svg> {esc(name)}</li>')
+        items.append(
+            f'<li><svg viewBox="0 0 48 14" aria-hidden="true">{line}{mark(shape, 24, 7, f"""fill="{colour}" """)}</svg> {esc(name)}</li>'
+        )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -168,13 +178,18 @@ def stacked_bars(title, rows, unit):
         for i, (part, size) in enumerate(sizes.items()):
             w = across * size / most
             label = f"{part}: {size:,} {unit}"
-            parts.append(f'<g><title>{esc(label)}</title><rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="var(--f{i % 5})"/>')
+            parts.append(
+                f'<g><title>{esc(label)}</title><rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="var(--f{i % 5})"/>'
+            )
             if i % 5 in (2, 3):
                 parts.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="url(#hatch{i % 5})"/>')
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="none" stroke="var(--ink)" stroke-width="0.7"/></g>')
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="none" stroke="var(--ink)" stroke-width="0.7"/></g>'
+            )
             x += w
         parts.append(f'<text x="{x + 6:.1f}" y="{y + height / 2 + 5}">{sum(sizes.values()):,}</text>')
-    hatches = ('<pattern id="hatch2" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line x1="0" x2="0" y1="0" y2="7" stroke="#000" stroke-width="1.6"/></pattern>'
+    hatches = ('<pattern id="hatch2" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+               '<line x1="0" x2="0" y1="0" y2="7" stroke="#000" stroke-width="1.6"/></pattern>'
                '<pattern id="hatch3" width="7" height="7" patternUnits="userSpaceOnUse"><circle cx="3.5" cy="3.5" r="1.2" fill="#000"/></pattern>')  # fmt: skip
     keys = "".join(f'<li><svg viewBox="0 0 48 14" aria-hidden="true"><rect width="48" height="14" fill="var(--f{i % 5})" stroke="var(--ink)"/>'
                    + (f'<rect width="48" height="14" fill="url(#hatch{i % 5})"/>' if i % 5 in (2, 3) else "") + f"</svg> {esc(name)}</li>"
@@ -187,7 +202,11 @@ def stacked_bars(title, rows, unit):
 def histogram(counts, what):
     """A small picture of a distribution; `what` says it in words."""
     most, w = max(counts) or 1, 144 / len(counts)
-    bars = "".join(f'<rect x="{i * w:.1f}" y="{28 - 27 * n / most:.1f}" width="{w - 1:.1f}" height="{27 * n / most + 1:.1f}"/>' for i, n in enumerate(counts) if n)
+    bars = "".join(
+        f'<rect x="{i * w:.1f}" y="{28 - 27 * n / most:.1f}" width="{w - 1:.1f}" height="{27 * n / most + 1:.1f}"/>'
+        for i, n in enumerate(counts)
+        if n
+    )
     return f'<svg class="bars" viewBox="0 0 144 29" role="img" aria-label="{esc(what)}"><title>{esc(what)}</title>{bars}</svg>'
 
 
