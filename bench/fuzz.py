@@ -3,6 +3,7 @@
     python bench/fuzz.py data --seconds 1800               folders of odd files, names, encodings, compressions, damages
     python bench/fuzz.py settings --seconds 1800           environments: settings, near misses, values of all kinds
     python bench/fuzz.py artifact --cases 100000           damaged files to a loader: artifact, checkpoint, resume, shard, ...
+    python bench/fuzz.py artifact --guided --cases 100000  the same, guided by the lines that are reached (needs atheris)
     python bench/fuzz.py data --seed 0 --case 123          one case again; its files are kept
 
 `data` writes documents that it knows, calls `text` (in this process, now and then in one of its own) and decodes every
@@ -18,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -547,6 +549,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, help="at most so many")
     parser.add_argument("--case", type=int, help="this one alone")
+    parser.add_argument("--guided", action="store_true", help="a loader: with atheris (requirements-extra.txt)")
     parser.add_argument("--process-every", type=int, default=PROCESS_EVERY, help="settings: cases to one run of the script (default: %(default)s)")
     # every file is brought to the disk, which takes its time
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -554,6 +557,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     numbers = [args.case] if args.case is not None else range(args.cases) if args.cases else itertools.count()
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz {args.what} ", dir=args.folder))
+    if args.guided:
+        if args.what not in fuzz_loaders.TARGETS or importlib.util.find_spec("atheris") is None:
+            parser.error(f"--guided: expected one of {', '.join(fuzz_loaders.TARGETS)}, and the package atheris (requirements-extra.txt)")
+        fuzz_loaders.guided(args.what, folder, args.cases or -1, args.seed)
     makers = {"data": DataFuzzer, "settings": lambda folder: SettingsFuzzer(folder, args.process_every)}
     fuzzer = makers.get(args.what, lambda folder: fuzz_loaders.LoaderFuzzer(args.what, folder))(folder)
     counts, failures = run_cases(fuzzer, args.seed, iter(numbers), args.seconds)

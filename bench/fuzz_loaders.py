@@ -528,6 +528,32 @@ class LoaderFuzzer:
             raise
 
 
+def guided(name: str, folder: Path, runs: int, seed: int) -> None:
+    """atheris: inputs that reach new lines of the loaders are changed further. It ends the process; a failure is a file in `folder`."""
+    import atheris
+
+    with atheris.instrument_imports(include=[*INSTRUMENTED]):
+        fuzzer = LoaderFuzzer(name, folder)
+    target, corpus = fuzzer.target, folder / "corpus"
+    corpus.mkdir()
+    for i, data in enumerate(target.seeds):
+        (corpus / str(i)).write_bytes(data)
+
+    def change_further(data: bytes, most: int, number: int) -> bytes:
+        rng = np.random.default_rng(number)
+        if rng.random() < 0.5:
+            return atheris.Mutate(data, most)
+        return change(dataclasses.replace(target, seeds=[data, *target.seeds]), rng)[:most]
+
+    most = 2 * max(map(len, target.seeds))
+    words = [name, f"-runs={runs}", f"-seed={seed + 1}", f"-max_len={most}", "-len_control=0", "-rss_limit_mb=0", f"-artifact_prefix={folder}/", str(corpus)]
+    atheris.Setup(words, lambda data: attempt(target, target.seal(data)) and None, custom_mutator=change_further)
+    atheris.Fuzz()
+
+
+INSTRUMENTED = ("train_gpt", "run_logs", "compliance", "make_submission", "plot_logs", "demo_table", "check_data")
+
+
 def attempt_quietly(target: Target, data: bytes) -> str:
     """What loading gives, without limits."""
     try:

@@ -166,12 +166,12 @@ def wait_until(moment: Moment, child: subprocess.Popen, folder: Path) -> None:
             child.wait(moment.delay_s)
 
 
-def kills(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:
+def kills(place: Path, data: Path, count: int | None, seed: int, first: int = 0) -> Iterator[Row]:
     """Killed at a random moment and gone on with, a run ends with the bytes of one that never was."""
     rng, expected, failures = random.Random(seed), {}, []
     tried: dict[str, list[bool]] = {}
     partials = 0
-    for number in range(50 if count is None else count):
+    for number in range(first, first + (50 if count is None else count)):
         preset, processes = PRESETS[number // 2 % len(PRESETS)], 1 + number % 2
         env = settings(preset, data)
         if (preset, processes) not in expected:
@@ -290,7 +290,7 @@ def ranks(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row
     """One of two processes dies, stands still or is another: the run ends, and says which."""
     place.mkdir(parents=True)
     failures: list[str] = []
-    copy = place / "copy.py"
+    copy = place / "other_code.py"
     copy.write_bytes((ROOT / "train_gpt.py").read_bytes() + b"# changed\n")
     other = other_data(place, data)
     for what, difference in DIFFERENCES.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import prepare_data
 import pytest
 import shard_io
 import text_files
+from conftest import ROOT
 
 import train_gpt
 
@@ -140,6 +144,22 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path, capsys: pytest.Captur
     assert fuzz.main([name, "--cases", "200", "--seed", "1", "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out
     assert "     200  cases" in lines and "Error\n" in lines and "  loaded" in lines
+
+
+def test_guided_fuzzing_sees_the_lines_that_it_reaches(tmp_path: Path) -> None:
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is not installed (requirements-extra.txt)")
+    command = [sys.executable, str(ROOT / "bench/fuzz.py"), "checkpoint", "--guided", "--cases", "300", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reached = [int(n) for n in re.findall(r"cov: (\d+)", done.stderr)]
+    assert reached[-1] >= reached[0] > 5 and "Done 300 runs" in done.stderr
+
+
+def test_guided_fuzzing_of_what_is_no_loader_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        fuzz.main(["data", "--guided"])
+    assert "--guided: expected one of artifact, " in capsys.readouterr().err
 
 
 def what_a_target_may_not(data: bytes) -> None:
