@@ -369,7 +369,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
-        self.is_main, self.calls = rank == 0, 0  # calls: collectives that this process has entered
+        self.is_main, self.entered = rank == 0, 0  # entered: so many collectives
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -423,7 +423,7 @@ class World:
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes, in place."""
-        self.calls += 1
+        self.entered += 1
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -431,14 +431,14 @@ class World:
     def sum_shares_(self, x: Tensor) -> Tensor:
         """Reduce-scatter of x (size * n, ...): returns this process's (n, ...) of the sum, in place."""
         share = x.chunk(self.size)[self.rank]
-        self.calls += 1
+        self.entered += 1
         if self.size > 1:
             getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(share, x)
         return share
 
     def agree(self, value: float) -> float:
         """Rank 0's value on every process; through gloo, so that the GPU's queue is not drained."""
-        self.calls += 1
+        self.entered += 1
         if self.size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
@@ -447,7 +447,7 @@ class World:
 
     def gather(self, x: Tensor) -> Tensor:
         """(n, ...) on each process -> (size * n, ...) on all, in rank order."""
-        self.calls += 1
+        self.entered += 1
         if self.size == 1:
             return x
         out = x.new_empty(self.size * x.size(0), *x.shape[1:])
@@ -4507,14 +4507,14 @@ class Watch:
             env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False)) for _ in range(2)]  # fmt: skip
         self.looks = [[-1, -1, "", 0, 0, 0] for _ in range(world.size)]  # beats, calls, words; looks since each changed
         self.say()
-        threading.Thread(target=self.run, daemon=True).start()
+        threading.Thread(target=self.keep_looking, daemon=True).start()
 
     def say(self, words: str = "") -> None:
         self.words, self.beats = self.words or words, self.beats + 1
-        state = [self.beats, self.world.calls, self.words, platform.node()]
+        state = [self.beats, self.world.entered, self.words, platform.node()]
         self.stores[0].set(f"state{self.world.rank}", json.dumps(state))
 
-    def run(self) -> None:
+    def keep_looking(self) -> None:
         try:
             while not self.stopped.wait(self.LOOK_S):
                 self.say()
