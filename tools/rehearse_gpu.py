@@ -66,7 +66,7 @@ FAULTS = {
     "an operation that raises backward": Fault({"qk"}, "def normed_rotated_backward(*_):\n    raise RuntimeError('an illegal memory access')\n"),
     "a kernel that cannot be launched": Fault({"mlp"}, "TILES = [Tiles(128, 256, 128, 8, 8, True)]  # of more shared memory than there is\n"),
     "an assembler that fails": Fault({"qk", "mlp", "loss"}, ptxas=False),
-    "a compiler that fails": Fault({"qk", "mlp", "loss", "attention", "compile", "compiled_score"}, settings={}, ptxas=False),
+    "a compiler that fails": Fault({"qk", "mlp", "loss", "attention", "compile"}, settings={}, ptxas=False),
     "an attention library that cannot be imported": Fault(set(), flash="raise OSError('libcudart.so.12: cannot open shared object file')\n"),
     "an attention library of another signature": Fault({"FlashAttention-3"}, flash="def flash_attn_func(q, k, v, causal): ...\n"),
     "an attention library without kernels": Fault({"FlashAttention-3"}, flash=FLASH + "raise RuntimeError('no kernel image is available')\n"),
