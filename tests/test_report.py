@@ -187,14 +187,17 @@ def test_bits_of_tokens_are_the_score(data_dir):
 
 
 def test_passages_end_where_documents_do(data_dir):
+    """Documents of 60 and 100 tokens: one passage of 48 and two; what remains is too short to say anything."""
     tokenizer, table = report_model.load_tokenizer(data_dir / "tokenizer.model", 320)
-    texts = ["the first document has its own words " * 3, "and here are those of another one " * 3]
-    ids = [i for text in texts for i in (tokenizer.bos_id(), *tokenizer.encode(text))]
+    documents = [tokenizer.encode(f"this document has {words} of its own " * 9)[:count] for words, count in (("words", 60), ("sentences", 100))]
+    ids = [i for document in documents for i in (tokenizer.bos_id(), *document)]
     found = report_model.passages_of(ids, [1.0] * (len(ids) - 1), tokenizer, table)
+    text = lambda pieces: "".join(tokenizer.id_to_piece(pieces)).replace("\u2581", " ")
+    expected = [text(documents[0][:48]), text(documents[1][:48]), text(documents[1][48:96])]
     shown = ["".join(unit.text for unit in passage.units) for passage in found]
-    assert len(shown) > 1 and all(any(part in text for text in texts) for part in shown)
-    for passage, text in zip(found, shown, strict=True):
-        assert passage.bits_per_byte == pytest.approx(sum(u.bits for u in passage.units) / len(text.encode()))
+    assert sorted(shown) == sorted(expected)
+    for passage, said in zip(found, shown, strict=True):
+        assert passage.bits_per_byte == pytest.approx(48 / len(said.encode()))
 
 
 @pytest.mark.parametrize(("pieces", "units"), [
