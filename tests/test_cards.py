@@ -72,7 +72,7 @@ def test_a_row_is_what_the_device_gets(name, card, monkeypatch):
     pytest.importorskip("triton")
     device, short = card(name), {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     dtype, ops = train_gpt.compute_dtype("auto", device), fast_ops(Config(), device)
-    step = SimpleNamespace(cfg=tiny_config(), world=SimpleNamespace(device=device), grads=SimpleNamespace(scale=1.0), model=None, optimizers=[])
+    step = SimpleNamespace(cfg=tiny_config(), world=train_gpt.World(device=device), grads=SimpleNamespace(scale=1.0), model=None, optimizers=[])
     hooks = {type(hook) for hook in train_gpt.choose_hooks(step)}
     graph = train_gpt.compiled(len, Config(), World(device=device)) is not len
     own = {train_gpt.QKNormRope.apply: "qk", train_gpt.fused_mlp: "mlp", train_gpt.fused_loss: "loss"}
