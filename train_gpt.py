@@ -1587,7 +1587,7 @@ class Loop:
         """Report the losses that are on their way to the host until `most` are left."""
         while len(self.pending) > most:
             loss, shares = self.pending.pop(0)
-            self.report(loss.get(), shares, self.clock.elapsed(), self.progress)
+            self.report(loss.get(), self.clock.elapsed(), self.progress, shares.tolist)
 
 def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     cfg = model.cfg
@@ -2179,15 +2179,15 @@ class StepReport:
         self._cfg, self._log, self._next_s = cfg, log, 0.0
         self.step, self.first_losses, self.saved = 0, [], ""  # saved: the last checkpoint, for a run that diverges
 
-    def __call__(self, loss: float, shares: Tensor, elapsed_s: float, progress: float) -> None:
+    def __call__(self, loss: float, elapsed_s: float, progress: float, shares: Callable = list) -> None:
         self.step += 1
         if self.step <= 20:
             self.first_losses.append(loss)
         cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
         if not math.isfinite(loss):
-            bad = ", ".join(str(rank) for rank, share in enumerate(shares.tolist()) if not math.isfinite(share))
+            bad = ", ".join(str(rank) for rank, share in enumerate(shares()) if not math.isfinite(share))
             rates = f"MATRIX_LR={cfg.matrix_lr}, SCALAR_LR={cfg.scalar_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
-            where = f"at step {step}" + f" on rank {bad}" * (len(shares) > 1)
+            where = f"at step {step}" + f" on rank {bad}" * (len(shares()) > 1)
             raise UserError(f"training diverged: loss or gradient {loss} {where}; try a lower {rates}{self.saved}")
         figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
         if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
@@ -3933,9 +3933,9 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     cfg, half = step.cfg, compute_dtype(step.cfg.precision, step.world.device) == torch.float16
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
-    wanted = {Watching: step.world.watch, Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
+    wanted = {Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
               LossScaling: half, Clipping: cfg.grad_clip_norm, SpikeGuard: cfg.spike_guard, Averaging: cfg.ema, Churn: cfg.churn_log_every,
-              Replicas: cfg.check_replicas_every,
+              Watching: step.world.watch, Replicas: cfg.check_replicas_every,
               Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
