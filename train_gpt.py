@@ -1425,26 +1425,27 @@ def batch_layout(cfg: Config, world_size: int, shape: tuple[int, int] | None = N
     return share // micro, micro
 
 class Gradients:
-    """All gradients in buffers made once: the matrices' in their banks, the others', and the loss, in a flat one."""
+    """All gradients in buffers made once: the matrices' in their banks, the others', and each process's part of the
+    loss, in a flat one."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world, self.banks, self.scale = world, Bank.build(model, model.cfg, world), 1.0  # the loss's scale
         others = [p for p in model.parameters() if p.grad is None]
-        self.flat = torch.zeros(sum(p.numel() for p in others) + 1, device=world.device)
-        self.loss = self.flat[-1]
-        for p, g in zip(others, self.flat[:-1].split([p.numel() for p in others]), strict=True):
+        self.flat = torch.zeros(sum(p.numel() for p in others) + world.size, device=world.device)
+        self.losses = self.flat[-world.size :]
+        for p, g in zip(others, self.flat[: -world.size].split([p.numel() for p in others]), strict=True):
             p.grad = g.view_as(p)
         self._parameters = list(model.parameters())
 
     def own(self) -> list[Tensor]:
-        """What this process's optimizers read: the flat buffer without the loss, and its shards of the banks."""
-        return [self.flat[:-1], *(bank.shard.grad for bank in self.banks)]
+        """What this process's optimizers read: the flat buffer without the losses, and its shards of the banks."""
+        return [self.flat[: -self._world.size], *(bank.shard.grad for bank in self.banks)]
 
     def compute(self, loss_function: Callable, x: Tensor, y: Tensor, micro_batches: int) -> None:
         """Mean gradient and mean loss of the step over the tokens of all processes; the matrices' in its shards."""
         for buffer in (self.flat, *(bank.grads for bank in self.banks)):
             buffer.zero_()
-        tokens = x.numel() * self._world.size
+        tokens, mine = x.numel() * self._world.size, self.losses[self._world.rank]
 
         def gradients(micro: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor | None, ...], Tensor]:
             loss, nats = loss_function(*micro)
@@ -1456,10 +1457,13 @@ class Gradients:
         results = Executor.map(pool, gradients, micros) if pool else map(gradients, micros)
         for gradient, nats in results:
             used = [(p.grad, g) for p, g in zip(self._parameters, gradient, strict=True) if g is not None]
-            torch._foreach_add_(*zip((self.loss, nats / tokens), *used, strict=True))
+            torch._foreach_add_(*zip((mine, nats / tokens), *used, strict=True))
         for bank in self.banks:
             self._world.sum_shares_(bank.grads)
+        if self.scale == 1:  # what is not finite in the backward pass reaches the table: it shows in the loss
+            mine += 0 * self.flat.sum()
         self._world.sum_(self.flat)
+        self.loss = self.losses.sum()
 
 class Hook:
     """What may happen around a step. `choose_hooks` (section 12) gives those that the settings ask for."""
@@ -1589,7 +1593,8 @@ class Loop:
     def read_losses(self, most: int) -> None:
         """Report the losses that are on their way to the host until `most` are left."""
         while len(self.pending) > most:
-            self.report(self.pending.pop(0).get(), self.clock.elapsed(), self.progress)
+            loss, shares = self.pending.pop(0)
+            self.report(loss.get(), self.clock.elapsed(), self.progress, shares.tolist)
 
 def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     cfg = model.cfg
@@ -1631,7 +1636,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
             late_graphs += graphs_compiled() - graphs
             loop.step, loop.progress = step + 1, progress
-            loop.pending.append(Reading(take_step.grads.loss))
+            loop.pending.append((Reading(take_step.grads.loss), take_step.grads.losses.clone()))
             # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
             loop.read_losses(world.device.type == "cuda")
             for hook in hooks:
@@ -2179,16 +2184,18 @@ class StepReport:
 
     def __init__(self, cfg: Config, log: Log) -> None:
         self._cfg, self._log, self._next_s = cfg, log, 0.0
-        self.step, self.first_losses = 0, []
+        self.step, self.first_losses, self.saved = 0, [], ""  # saved: the last checkpoint, for a run that diverges
 
-    def __call__(self, loss: float, elapsed_s: float, progress: float) -> None:
+    def __call__(self, loss: float, elapsed_s: float, progress: float, shares: Callable = list) -> None:
         self.step += 1
         if self.step <= 20:
             self.first_losses.append(loss)
         cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
         if not math.isfinite(loss):
-            rates = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
-            raise UserError(f"training diverged: loss {loss} at step {step}; try a lower {rates}")
+            bad = ", ".join(str(rank) for rank, share in enumerate(shares()) if not math.isfinite(share))
+            rates = f"MATRIX_LR={cfg.matrix_lr}, SCALAR_LR={cfg.scalar_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
+            where = f"at step {step}" + f" on rank {bad}" * (len(shares()) > 1)
+            raise UserError(f"training diverged: loss or gradient {loss} {where}; try a lower {rates}{self.saved}")
         figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
         if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
             self._log(figures)
@@ -3800,6 +3807,7 @@ class OptionSettings(Settings):
     checkpoint_dir: str = setting("checkpoints", "their folder")
     resume: str = setting("", "1: go on from the newest; or the path of one")
     export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
+    spike_guard: float = setting(0.0, "deviations above the mean loss that cost a step its update; 0: off", least=0)
     check_replicas_every: int = setting(0, "steps between two comparisons of all processes' weights; 0: none", least=0)
 
     @property
@@ -3986,10 +3994,10 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     cfg, half = step.cfg, compute_dtype(step.cfg.precision, step.world.device) == torch.float16
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
-    wanted = {Watching: step.world.watch, BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
+    wanted = {BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
               Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
-              LossScaling: half, Clipping: cfg.grad_clip_norm, Averaging: cfg.ema, Churn: cfg.churn_log_every,
-              Replicas: cfg.check_replicas_every,
+              LossScaling: half, Clipping: cfg.grad_clip_norm, SpikeGuard: cfg.spike_guard, Averaging: cfg.ema,
+              Churn: cfg.churn_log_every, Watching: step.world.watch, Replicas: cfg.check_replicas_every,
               Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
@@ -4172,6 +4180,69 @@ class Clipping(Hook):
             g *= (self.step.cfg.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1)
         return True
 
+class SpikeGuard(Hook):
+    """SPIKE_GUARD: without the update of a step whose loss is that many standard deviations above its running mean.
+
+    The device decides and takes back what it computed, on every process alike; the host reads what came of it a step
+    later, as it does with the loss.
+    """
+
+    SETTLED, MEMORY, MOST = 20, 0.02, 10  # steps before it judges; weight of the newest loss; updates left out in a row
+
+    def __init__(self, step: TrainingStep) -> None:
+        super().__init__(step)
+        # mean and variance of the loss, steps that count, updates left out, of them in a row
+        self.figures_now, self.pending = torch.zeros(5, device=step.world.device), []
+
+    def state(self) -> dict[str, Any]:
+        return {"figures": self.figures_now}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state:
+            self.figures_now.copy_(state["figures"])
+
+    @torch.no_grad()
+    def after_gradients(self) -> bool:
+        """Does the update, and leaves nothing of it if the loss is a spike."""
+        mean, variance, steps, left_out, row = self.figures_now.unbind()
+        far = self.step.grads.loss - mean
+        spike = (far > self.step.cfg.spike_guard * variance.sqrt()) & (steps >= self.SETTLED)
+        kept = self._tensors()
+        before = [t.clone() for t in kept]
+        for opt in self.step.optimizers:
+            opt.step()
+        for t, old in zip(kept, before, strict=True):
+            t.copy_(torch.where(spike, old, t))
+        self.step.publish()
+        weight = (1 / (steps + 1)).clamp_min(self.MEMORY)
+        usual = (mean + weight * far, (1 - weight) * (variance + weight * far.square()), steps + 1, left_out, 0 * row)
+        unusual = mean, variance, steps, left_out + 1, row + 1
+        self.figures_now = torch.where(spike, torch.stack(unusual), torch.stack(usual))
+        return False
+
+    def _tensors(self) -> list[Tensor]:
+        params = [p for opt in self.step.optimizers for p in opt.params]
+        return params + [t for opt in self.step.optimizers for p in opt.params for t in opt.state[p].values()]
+
+    def after_step(self, step: int, progress: float) -> str:  # noqa: ARG002
+        self.pending.append((step + 1, Reading(self.figures_now[4])))
+        return self.look(self.step.world.device.type == "cuda")
+
+    def look(self, most: int) -> str:
+        """What there is to say of the steps whose figures have come, all but `most`."""
+        lines = []
+        while len(self.pending) > most:
+            step, row = self.pending.pop(0)
+            if count := int(row.get()):
+                lines.append(f"spike: the update of step:{step}/{self.step.cfg.iterations} is left out")
+            if count >= self.MOST:
+                guard = f"SPIKE_GUARD={self.step.cfg.spike_guard}"
+                raise UserError(f"{guard}: {count} updates in a row, up to step {step}, left out; expected more, or 0")
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, Any]:
+        return {"updates_left_out": int(self.figures_now[3])}
+
 class Averaging(Hook):
     """EMA (#641): from EMA_START_FRACTION of the budget on, a running average of the latent weights; each process
     averages what it updates. It replaces them at the end and is quantized as they would be, to codes of its own."""
@@ -4317,10 +4388,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArtifactError(f"{path}: the checkpoint's header is not valid")
     ends = [start, *(start + end for end in itertools.accumulate(sizes))]
     try:
-        return header, {name: torch.tensor(data[a:b]).view(kind).view(shape)
-                        for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
+        tensors = {name: torch.tensor(data[a:b]).view(kind).view(shape)
+                   for (name, kind, shape), a, b in zip(plan, ends, ends[1:], strict=False)}  # fmt: skip
     except (RuntimeError, TypeError):  # no elements, in a shape that no tensor has
         raise ArtifactError(f"{path}: the checkpoint's header is not valid") from None
+    if bad := not_finite(tensors):
+        raise ArtifactError(f"{path}: {bad} is not finite")
+    return header, tensors
 
 def data_identity(cfg: Config) -> dict[str, str]:
     """What a run must find again: its training shards and its tokenizer."""
@@ -4414,12 +4488,13 @@ class Checkpoints(Hook):
 
     def write(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """In the thread. What cannot be written, or is not finite, is warned of; the run and the earlier ones stay."""
-        if not all(t.isfinite().all() for name, t in tensors.items() if name.startswith("weight.")):
-            self.loop.log(f"warning: no checkpoint at step:{header['step']}: weights are not finite")
+        if bad := not_finite(tensors):
+            self.loop.log(f"warning: no checkpoint at step:{header['step']}: {bad} is not finite")
             return
         try:
             write_whole(path, checkpoint_chunks(header, tensors))
             self.loop.log(f"checkpoint:{path} step:{header['step']}")
+            self.loop.report.saved = f"; the last good checkpoint is {path}"
             own = [old for old in newest_first(self.folder) if old.name[:-14] == self.step.cfg.run_id]  # _00000000.ckpt
             for old in own[self.step.cfg.checkpoint_keep :]:
                 old.unlink()
@@ -4450,6 +4525,7 @@ class Checkpoints(Hook):
                 saved = f"the checkpoint has {header['same'].get(name)}"
                 raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
         restore_training(self.step, tensors, header["numbers"])
+        loop.report.saved = "; the last good checkpoint is that of RESUME"
         loop.step = loop.report.step = int(header["step"])
         loop.report.first_losses = list(header["first_losses"])
         loop.batches.restore(header)
