@@ -4522,7 +4522,7 @@ class Checkpoints(Hook):
         cfg, world, loop = self.step.cfg, self.step.world, self.loop
         for name, value in self.same.items():
             if header["same"].get(name) != value:
-                saved = f"the checkpoint has {header['same'].get(name)}"
+                saved = f"the checkpoint has {' '.join(str(header['same'].get(name)).split()):.80}"
                 raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
         restore_training(self.step, tensors, header["numbers"])
         loop.report.saved = "; the last good checkpoint is that of RESUME"

@@ -190,6 +190,9 @@ def test_a_forged_checkpoint_is_one_error(data_dir, tmp_path):
         path.write_bytes(b"".join(train_gpt.checkpoint_chunks(header | change, tensors if change else without)))
         with pytest.raises(ArtifactError, match="RESUME='1': what the checkpoint holds is not valid"):
             trained(dataclasses.replace(cfg, resume="1"))
+    path.write_bytes(b"".join(train_gpt.checkpoint_chunks(header | {"same": header["same"] | {"UNET": "a\n" * 999}}, tensors)))
+    with pytest.raises(UserError, match="^RESUME='1': UNET=True, but the checkpoint has [a ]{80}; a run goes on with the same$"):
+        trained(dataclasses.replace(cfg, resume="1"))
 
 
 def test_a_heartbeat_that_is_none_is_as_good_as_without(data_dir, tmp_path):

@@ -543,6 +543,16 @@ NO_RECORDS = {
 }
 
 
+@pytest.mark.parametrize("name", run_logs.SLIDING)
+def test_one_sliding_figure_alone_is_one_line(folder, code, name):
+    """Whichever is missing; found by bench/fuzz.py."""
+    path = write_runs(folder, code)[0]
+    before, _, result = path.read_text().rpartition("result ")
+    path.write_text(before + "result " + json.dumps(json.loads(result) | {name: None}) + "\n")
+    with pytest.raises(run_logs.UserError, match="the result line has sliding_val_.* alone, expected sliding_val_loss and sliding_val_bpb, or neither"):
+        run_logs.read_run(path)
+
+
 def test_a_time_of_many_digits_is_no_time(folder, code):
     """Python converts no text of more than 4,300 digits; found by bench/fuzz.py."""
     path = write_runs(folder, code)[0]

@@ -141,6 +141,8 @@ def check_result(run):
                                    (MAYBE_TEXTS, str, "a text")):  # fmt: skip
         for name in (name for name in names if run.result.get(name) is not None):
             need(run, "result", name, kinds, expected)
+    if len(present := [name for name in SLIDING if run.result.get(name) is not None]) == 1:
+        raise UserError(f"{run.log}: the result line has {present[0]} alone, expected {' and '.join(SLIDING)}, or neither")
 
 
 def need(run, line, name, kinds, expected, least=0):
