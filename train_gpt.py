@@ -2060,7 +2060,7 @@ def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, str
     mine = slice(1 + world.rank, None, world.size)
     # the first window scores all its targets, the others at most `stride`; it is not worth a compilation
     jobs = [(starts[:1], firsts[:1], seq_len, score_windows)] * world.is_main
-    jobs.append((starts[mine], firsts[mine], stride, surviving(compiled(score_windows, cfg, world), score_windows)))
+    jobs.append((starts[mine], firsts[mine], stride, compiled(score_windows, cfg, world)))
     positions = torch.arange(seq_len + 1, device=world.device)
 
     @torch.no_grad()  # which holds for its own thread alone
@@ -2473,7 +2473,7 @@ class SelfCheck:
         """The same of the nats of the last `tail` targets of a window."""
         one, results = torch.ones((), device=x.device), []
         with torch.no_grad():
-            for kind, function in ((ops, compiled(score_windows, cfg, self.world)), (Ops(), score_windows)):
+            for kind, function in ((ops, compiled_graph(score_windows, cfg, self.world)), (Ops(), score_windows)):
                 with self.attention(kind is ops):
                     results.append(function(model.use(kind), x, x.roll(-1, 1), tail, one))
         return self.difference("nats of a score", *results)
@@ -2614,8 +2614,13 @@ class Reading:
 def compiled(function: Callable, cfg: Config, world: World) -> Callable:
     """The function, compiled on a GPU (static shapes, one graph) unless COMPILE_MODE leaves it out; as it is on a CPU.
 
-    Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there.
+    Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there. A score survives its graph.
     """
+    graph = compiled_graph(function, cfg, world)
+    return surviving(graph, function) if function is score_windows and graph is not function else graph
+
+def compiled_graph(function: Callable, cfg: Config, world: World) -> Callable:
+    """`compiled`, with the errors of a compiler."""
     left_out = cfg.compile_mode == "none" or cfg.compile_mode == "training" and function is score_windows
     if left_out or not compiles(world.device):
         return function
@@ -2629,7 +2634,7 @@ def surviving(graph: Callable, plain: Callable) -> Callable:
     broken: list[Exception] = []
 
     def call(*arguments: Any) -> Any:
-        if not broken and graph is not plain:
+        if not broken:
             try:
                 return graph(*arguments)
             except torch.OutOfMemoryError:  # `within_memory` has an answer
@@ -4395,6 +4400,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if bad := not_finite(tensors):
         raise ArtifactError(f"{path}: {bad} is not finite")
     return header, tensors
+
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of the first tensor that is not finite; "" if all are."""
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), "")
 
 def data_identity(cfg: Config) -> dict[str, str]:
     """What a run must find again: its training shards and its tokenizer."""

@@ -121,7 +121,7 @@ def test_a_graph_at_fault_is_left_out_and_the_operations_stay(kind, monkeypatch)
 
 
 def test_a_compiled_score_at_fault_is_found(monkeypatch):
-    monkeypatch.setattr(train_gpt, "compiled", lambda function, *_: broken(function, "factor") if function is train_gpt.score_windows else function)
+    monkeypatch.setattr(train_gpt, "compiled_graph", lambda function, *_: broken(function, "factor") if function is train_gpt.score_windows else function)
     log = []
     checked = SelfCheck(tiny_config(), World(), lines_of(log)).run(fast_ops(tiny_config(), CPU))
     assert checked.cfg.compile_mode == "training" and "compiled_score runs uncompiled" in log[0] and "nats of a score" in log[0]
@@ -145,6 +145,7 @@ def test_compile_mode_training_leaves_the_score_alone_uncompiled(monkeypatch):
         cfg = tiny_config(compile_mode=mode)
         assert train_gpt.compiled(training_loss, cfg, World()) == (training_loss, found)
         assert (train_gpt.compiled(train_gpt.score_windows, cfg, World()) is train_gpt.score_windows) is (mode == "training")
+        assert mode == "training" or train_gpt.compiled_graph(train_gpt.score_windows, cfg, World()) == (train_gpt.score_windows, found)
 
 
 def test_a_batch_that_cannot_be_compiled_is_scored_all_the_same(capsys):
