@@ -57,7 +57,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -676,6 +676,7 @@ def write_whole(path: str | Path, data: bytes | Iterator[bytes], keep: bool = Fa
     partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as f:
+            hold(f.fileno())
             for part in [data] if isinstance(data, bytes) else data:
                 f.write(part)
             f.flush()
@@ -690,6 +691,14 @@ def write_whole(path: str | Path, data: bytes | Iterator[bytes], keep: bool = Fa
     finally:
         partial.unlink(missing_ok=True)
 
+def clear_partial(folder: Path) -> None:
+    """Remove what `write_whole` left there when it was killed; what is being written now is held."""
+    for path in folder.glob(".*.partial"):
+        if re.fullmatch(r"\.\d+\.\d+\.partial", path.name):
+            with contextlib.suppress(OSError), open(path, "rb") as f:
+                if hold(f.fileno()):
+                    path.unlink()
+
 def check_writable(path: str, name: str = "ARTIFACT_PATH") -> None:
     """UserError unless a file can be written there: known before training, not after it."""
     target = Path(path)
@@ -697,6 +706,7 @@ def check_writable(path: str, name: str = "ARTIFACT_PATH") -> None:
         if not target.name or target.is_dir():
             raise UserError(f"{name}={path!r}: expected the name of a file")
         target.parent.mkdir(parents=True, exist_ok=True)
+        clear_partial(target.parent)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
         folder = target.parent.stat()
@@ -705,11 +715,6 @@ def check_writable(path: str, name: str = "ARTIFACT_PATH") -> None:
             raise PermissionError(errno.EPERM, "a file of another user, in a folder where only its owner replaces it")
     except OSError as error:
         raise UserError(f"{name}={path!r}: expected a file that can be written ({error.strerror})") from None
-
-def check_room(path: str, needed: int) -> None:
-    """UserError if the disk has not so many bytes left for the artifact."""
-    if (free := shutil.disk_usage(Path(path).parent).free) < needed:
-        raise UserError(f"ARTIFACT_PATH={path!r}: {free:,} bytes are free there; expected {needed:,} for the artifact")
 
 
 # ---- 3 Data ----------------------------------------------------------------------------------------------------------
@@ -1645,7 +1650,8 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     loop.read_losses(0)
     if progress == math.inf and not any([hook.stop() for hook in hooks]):
         raise Stopped(request.number or signal.SIGTERM)
-    return end_training(model, take_step, world, loop) | {"late_graphs": late_graphs, "stopped_by": request.number}
+    stopped_by = signal.Signals(request.number).name if request.number else ""
+    return end_training(model, take_step, world, loop) | {"late_graphs": late_graphs, "stopped_by": stopped_by}
 
 def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) -> dict[str, Any]:
     """The temperature, and every weight on every process; the run's figures."""
@@ -1658,6 +1664,8 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
         x, y = loop.batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
         model.temperature.fill_(calibrate_temperature(model, x, y, world))
     train_time_s = world.agree(clock.finish())
+    if cfg.max_wallclock_seconds and train_time_s > cfg.max_wallclock_seconds + 1:
+        log(f"over: train_time:{1000 * train_time_s:.0f}ms is more than MAX_WALLCLOCK_SECONDS and the second beyond it")
     if step < cfg.iterations:
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
     take_step.share_latent()
@@ -4426,6 +4434,8 @@ def shards_identity(cfg: Config, split: str) -> str:
 class Checkpoints(Hook):
     """CHECKPOINT_EVERY, RESUME and EXPORT_ON_STOP. The training waits for the copy alone; a thread of rank 0 writes."""
 
+    PATIENCE_S, BEAT_S = 5, 1
+
     def begin(self, loop: Loop) -> None:
         cfg = self.step.cfg
         self.loop, self.folder, self.writer, self.writing = loop, Path(cfg.checkpoint_dir), ThreadPoolExecutor(1), None
@@ -4447,7 +4457,7 @@ class Checkpoints(Hook):
 
     def beat(self) -> None:
         """Once a second: how far the clock is, for a run that is killed between two checkpoints."""
-        while not self.beating.wait(1):
+        while not self.beating.wait(self.BEAT_S):
             state = {"elapsed_s": self.loop.clock.elapsed(), "step": self.loop.step, "lineage": self.lineage}
             with contextlib.suppress(OSError):
                 write_whole(self.folder / "heartbeat.json", json.dumps(state).encode())
@@ -4456,9 +4466,16 @@ class Checkpoints(Hook):
         due = self.every and self.loop.step - self.saved_step >= self.every
         if self.every_s:
             due = self.step.world.agree(self.loop.clock.elapsed() - self.saved_s >= self.every_s)
-        if due:
+        if due and self.step.world.agree(self.written(self.PATIENCE_S)):
             self.save()
+        elif due:
+            self.saved_s, self.saved_step = self.loop.clock.elapsed(), self.loop.step
+            return f"warning: no checkpoint at step:{step + 1}: the one before is still being written"
         return ""
+
+    def written(self, patience_s: float) -> bool:
+        """Whether the thread is free; a disk that is slow must not hold the other processes up."""
+        return not self.writing or self.writing in wait([self.writing], patience_s).done
 
     def stop(self) -> bool:
         """A signal asks the run to end: a checkpoint, then the artifact of what has been trained if it is asked for."""
@@ -4539,12 +4556,16 @@ class Checkpoints(Hook):
         loop.report.first_losses = list(header["first_losses"])
         loop.batches.restore(header)
         beat = self.heartbeat(header)
-        elapsed_s = world.agree(max(header["elapsed_s"], beat.get("elapsed_s", 0.0)))
+        elapsed_s = world.agree(self.charged_s(header, beat))
         loop.clock.advance(elapsed_s)
         self.restarts, self.lineage = int(header["restarts"]) + 1, header["lineage"]
         self.lost_steps = int(header["lost_steps"]) + max(0, int(beat.get("step", 0)) - loop.step)
         loop.log(f"resumed step:{loop.step} elapsed:{1000 * elapsed_s:.0f}ms restarts:{self.restarts} "
                  f"lost_steps:{self.lost_steps}")  # fmt: skip
+
+    def charged_s(self, header: dict[str, Any], beat: dict[str, Any]) -> float:
+        """Seconds of training so far, also of steps that were lost; at most one beat more than there were."""
+        return max(header["elapsed_s"], beat.get("elapsed_s", -math.inf) + self.BEAT_S)
 
     def heartbeat(self, header: dict[str, Any]) -> dict[str, Any]:
         """Of the run that wrote the checkpoint; {} without."""
@@ -4573,6 +4594,52 @@ def find_checkpoint(cfg: Config, log: Callable) -> tuple[dict[str, Any], dict[st
         except ArtifactError as error:
             log(f"warning: {error}; the one before is tried")
     return None
+
+# Room, before training.
+
+def check_room(where: list[tuple[str, str, str, int]]) -> None:
+    """(setting, its path, what is written there, bytes) of each file: UserError if the disks have not so much left."""
+    needed: dict[int, list] = defaultdict(lambda: [0, []])
+    for name, path, what, size in where:
+        folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+        disk = needed[folder.stat().st_dev]
+        disk[0] += size
+        disk[1].append(what)
+        if (free := shutil.disk_usage(folder).free) < disk[0]:
+            raise UserError(f"{name}={path!r}: {free:,} bytes are free there; expected {disk[0]:,} for {', '.join(disk[1])}")
+
+def memory_bytes() -> tuple[int, int]:
+    """(all, available) of this machine or, where it is less, of its control group; no bound where nothing says it."""
+    sizes = []
+    for name, pattern in (("/proc/meminfo", r"Mem(?:Total|Available):\s+(\d+) kB"), ("/sys/fs/cgroup/memory.max", r"(\d+)")):
+        with contextlib.suppress(OSError):
+            found = [int(n) for n in re.findall(pattern, Path(name).read_text())]
+            sizes += [(1024 * found[0], 1024 * found[1])] if len(found) > 1 else [(n, n) for n in found]
+    return (min(all_ for all_, _ in sizes), min(free for _, free in sizes)) if sizes else (2**62, 2**62)
+
+def check_resources(model: GPT, world: World, log: Log) -> None:
+    """UserError where disks or, on a CPU, memory cannot hold the run; a warning where other programs leave too little."""
+    cfg, (params, ternary) = model.cfg, count_parameters(model)
+    kept = cfg.checkpoint_keep * (cfg.checkpoint_every != "0")
+    size = 4 * params * (3 + cfg.ema)  # weights, two moments, an average
+    if world.is_main:
+        check_room([("ARTIFACT_PATH", cfg.artifact_path, "the artifact", ternary // 4 + 2 * (params - ternary)),
+                    ("LOG_DIR", str(log.path), "the log", 2**20),
+                    ("CHECKPOINT_DIR", f"{cfg.checkpoint_dir}/x", f"CHECKPOINT_KEEP={kept} and one that is being written",
+                     size * (kept + 1) if kept else 0)])  # fmt: skip
+    if world.device.type == "cpu":
+        micro_batches, sequences = batch_layout(cfg, world.size)
+        at_once = min(torch.get_num_threads(), micro_batches)
+        # logits are made a few rows at a time; measured: .8 to 1 of it
+        token_bytes = bytes_per_token(cfg, world.device) - 24 * cfg.vocab_size
+        batch = at_once * sequences * cfg.train_seq_len * token_bytes
+        setting = "MICRO_BATCH_TOKENS" if batch > 24 * params else "NUM_LAYERS"
+        needed, (most, free) = batch + 24 * params + size * (kept > 0), memory_bytes()
+        text = f"{setting}={getattr(cfg, setting.lower())}: some {needed / 2**30:.1f} GiB of memory a process"
+        if needed > most:
+            raise UserError(f"{text}, of {most / 2**30:.1f} GiB that the machine has; expected less")
+        if world.is_main and needed * world.size > free:
+            log(f"warning: {text}, of which {free / 2**30:.1f} GiB are free; a lower one takes less")
 
 # Several processes: each knows what the others do, so that one which is missing or different is named.
 
@@ -5573,8 +5640,7 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
     micro_batches, _ = batch_layout(cfg, world.size)
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} "
         f"kv:{cfg.num_kv_heads} ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
-    params, ternary = count_parameters(model)
-    check_room(cfg.artifact_path, ternary // 4 + 2 * (params - ternary))
+    check_resources(model, world, log)
     try:
         run = train(model, cfg, world, log, val)
     except torch.OutOfMemoryError as error:
@@ -5656,8 +5722,8 @@ def main() -> int:
                "git_commit": git_commit()}  # fmt: skip
     log("result " + json.dumps(result))
     world.close()
-    if stopped_by := result.get("stopped_by", 0):
-        return exit_code(stopped_by)
+    if stopped_by := result.get("stopped_by"):
+        return exit_code(signal.Signals[stopped_by])
     return 0 if result.get("replicas_agree", True) else 1
 
 def run(arguments: list[str]) -> int:

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
+import threading
 
 import arms
 import pytest
@@ -245,7 +247,7 @@ def test_a_stop_may_export_what_has_been_trained(data_dir, tmp_path):
     env = environment(data_dir, iterations=10**6, export_on_stop=1, train_log_every=1)
     done = launch(env, tmp_path, argv=["-c", KILL.format(line="step:4/", name="SIGINT"), str(ROOT / "train_gpt.py")])
     result = json.loads(next((tmp_path / "logs").iterdir()).read_text().rpartition("result ")[2])
-    assert done.returncode == 130 and result["stopped_by"] == signal.SIGINT and result["steps"] >= 4
+    assert done.returncode == 130 and result["stopped_by"] == "SIGINT" and result["steps"] >= 4
     assert result["roundtrip_val_bpb"] == result["val_bpb"] and (tmp_path / "final_model.ternary.ptz").exists()
     assert not (tmp_path / "checkpoints").exists()
 
@@ -316,3 +318,31 @@ def test_a_stop_without_a_step_is_a_stop(data_dir, tmp_path):
     finally:
         train_gpt.StopRequest.__enter__ = entered
     assert not [*(tmp_path / "checkpoints").glob("*.ckpt")]
+
+
+def test_the_seconds_since_the_last_heartbeat_are_charged(data_dir, tmp_path):
+    """Whatever the heartbeat missed before the kill, at most one beat, is not given back."""
+    cfg = config(data_dir, tmp_path)
+    with pytest.raises(Killed):
+        trained(cfg, killed_at=5)
+    (tmp_path / "checkpoints" / "heartbeat.json").write_text(json.dumps({"elapsed_s": 1000.0, "step": 5, "lineage": "x"}))
+    _, figures = trained(dataclasses.replace(cfg, resume="1", max_wallclock_seconds=1000.5, iterations=10**6))
+    assert figures["steps"] == 3 and figures["train_time_s"] >= 1001
+
+
+def test_a_slow_disk_costs_checkpoints_and_holds_nobody_up(data_dir, tmp_path, monkeypatch, capsys):
+    cfg, write, disk = config(data_dir, tmp_path), train_gpt.Checkpoints.write, threading.Event()
+    monkeypatch.setattr(train_gpt.Checkpoints, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(train_gpt.Checkpoints, "write", lambda *rest: (disk.wait(), write(*rest)))
+    monkeypatch.setattr(train_gpt.Checkpoints, "finish", lambda hook: (disk.set(), hook.finish_writing()))
+    blob, _ = trained(cfg)
+    out = capsys.readouterr().out
+    assert [int(n) for n in re.findall("no checkpoint at step:(\\d+): the one before is still being written", out)] == [6, 9]
+    assert blob == trained(dataclasses.replace(cfg, checkpoint_every="0"))[0] and "checkpoint:" in out
+
+
+def test_what_a_killed_run_left_goes_at_the_next_start(data_dir, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".99.98.partial").write_bytes(b"half")
+    trained(config(data_dir, tmp_path))
+    assert not [*(tmp_path / "checkpoints").glob(".*")]

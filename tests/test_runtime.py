@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, launch, tiny_config
 
 import train_gpt
 from train_gpt import Clock, Config, Log, Sources, UserError, World, check_writable, compute_dtype
@@ -166,9 +169,78 @@ def test_another_users_file_in_a_sticky_folder_is_known_before_training(tmp_path
 
 def test_a_full_disk_is_known_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
-    train_gpt.check_room(str(tmp_path / "model.ptz"), 999)
-    with pytest.raises(UserError, match="999 bytes are free there; expected 1,000"):
-        train_gpt.check_room(str(tmp_path / "model.ptz"), 1000)
+    artifact = lambda size: ("ARTIFACT_PATH", str(tmp_path / "model.ptz"), "the artifact", size)
+    train_gpt.check_room([artifact(999)])
+    with pytest.raises(UserError, match=r"ARTIFACT_PATH='.*model\.ptz': 999 bytes are free there; expected 1,000 for the artifact"):
+        train_gpt.check_room([artifact(1000)])
+    more = ("CHECKPOINT_DIR", str(tmp_path / "not" / "there" / "x"), "CHECKPOINT_KEEP=2", 600)  # on the same disk
+    with pytest.raises(UserError, match="CHECKPOINT_DIR='.*': 999 bytes are free there; expected 1,100 for the artifact, CHECKPOINT_KEEP=2"):
+        train_gpt.check_room([artifact(500), more])
+
+
+@pytest.mark.parametrize(("settings", "machine", "said"), [
+    ({}, (2**40, 2**40), ""),
+    ({"micro_batch_tokens": 2**17, "train_batch_tokens": 2**18}, (2**29, 2**29), r"MICRO_BATCH_TOKENS=131072: some \d+\.\d GiB of memory a process, of 0.5 GiB"),
+    ({"micro_batch_tokens": 2**17, "train_batch_tokens": 2**18}, (2**40, 2**29), r"warning: MICRO_BATCH_TOKENS=131072: .*, of which 0.5 GiB are free"),
+    ({"model_dim": 1024, "num_layers": 8}, (2**20, 2**20), r"NUM_LAYERS=8: some \d+\.\d GiB of memory a process, of 0.0 GiB"),
+])  # fmt: skip
+def test_too_little_memory_is_known_before_training(settings, machine, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "memory_bytes", lambda: machine)
+    cfg = tiny_config(log_dir=tmp_path, artifact_path=tmp_path / "model.ptz", **settings)
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    try:
+        train_gpt.check_resources(model, World(), Log(cfg, World()))
+        found = capsys.readouterr().out
+    except UserError as error:
+        found = f"{error}\n"
+    assert re.match(said, found) and bool(said) == bool(found), found
+
+
+def test_the_memory_of_a_step_is_about_what_is_expected(tmp_path):
+    """The peak of a process of its own against the estimate; the kept tensors alone, so that torch's own memory does not count."""
+    cfg = tiny_config(model_dim=256, num_layers=4, embed_dim=64, train_seq_len=256, yarn_max_len=256, train_batch_tokens=8192, micro_batch_tokens=4096)
+    with torch.device("meta"):
+        params, _ = train_gpt.count_parameters(train_gpt.GPT(cfg))
+    script = f"""import sys; sys.path[:0] = [{str(ROOT)!r}]
+import torch, train_gpt as t
+torch.set_num_threads(1)
+cfg = t.Config(**{dataclasses.asdict(cfg)!r})
+cpu = torch.device("cpu")
+before, model = t.peak_memory_bytes(cpu), t.GPT(cfg).use(t.fast_ops(cfg, cpu))
+with t.rounded_once(model):
+    step = t.TrainingStep(model, cfg, t.World())
+    x = torch.randint(cfg.vocab_size, (32, 256))
+    step.take(x, x)
+    step.take(x, x)
+print(t.peak_memory_bytes(cpu) - before)"""
+    measured = int(launch({}, tmp_path, argv=["-c", script]).stdout)
+    expected = 24 * params + 4096 * (train_gpt.bytes_per_token(cfg, torch.device("cpu")) - 24 * cfg.vocab_size)
+    assert 0.5 < measured / expected < 1.3
+
+
+def test_a_machine_has_the_memory_that_its_system_says():
+    """A third party's word: what the C library says of the pages."""
+    most, free = train_gpt.memory_bytes()
+    assert 0 < free <= most and most <= 1.01 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_a_killed_run_left_half_written_goes_and_what_is_being_written_stays(tmp_path):
+    for name in (".123.456.partial", ".7.8.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    for name in ("partial", ".mine.partial", ".1.2.partial.txt"):
+        (tmp_path / name).write_bytes(b"a user's")
+    held = []
+
+    def parts():
+        yield b"first "
+        check_writable(str(tmp_path / "other.ptz"))
+        held.extend(tmp_path.glob(".*.*.partial"))
+        yield b"second"
+
+    train_gpt.write_whole(tmp_path / "model.ptz", parts())
+    assert (tmp_path / "model.ptz").read_bytes() == b"first second" and len(held) == 1 and str(os.getpid()) in held[0].name
+    assert {p.name for p in tmp_path.iterdir()} == {"model.ptz", "partial", ".mine.partial", ".1.2.partial.txt"}
 
 
 def test_an_artifact_that_cannot_be_written_any_more_is_saved_elsewhere(tmp_path, monkeypatch, capsys):

@@ -110,6 +110,14 @@ def test_a_good_record_keeps_every_rule_and_shows_its_lines(folder, code):
     assert len(findings) == 11 * 3 + 3 and len(shown) == 14  # eleven rules a seed, three of all seeds
 
 
+def test_a_resumed_run_is_shown_with_every_lifes_time(folder, code):
+    edit = replaced("step:1/", "resumed step:9 elapsed:9000ms restarts:1 lost_steps:3\nstep:1/")
+    paths = write_runs(folder, code, restarts=1, lost_steps=3, edit=edit)
+    findings = compliance.check_logs(paths, compliance.Files(), RECORD)
+    (shown,) = [f for f in findings if f.rule == "training time" and "restarts" in f.evidence]
+    assert shown.ok and shown.evidence.endswith("599,251.4 ms; restarts 1, lost_steps 3: the time of every life)")
+
+
 def without(start):
     return lambda text: "".join(line for line in text.splitlines(keepends=True) if not line.startswith(start))
 
@@ -120,6 +128,13 @@ def replaced(old, new):
 
 ONE_SEED_BREACHES = {
     "training over 600,000 ms": ({"train_time_s": 600.001}, {"training time"}),
+    "training over 600,000 ms after a restart": (
+        {"train_time_s": 600.001, "restarts": 1, "edit": replaced("step:1/", "resumed step:9 elapsed:9000ms restarts:1 lost_steps:3\nstep:1/")}, {"training time"}),
+    "a restart that no line shows": ({"restarts": 1, "lost_steps": 3}, {"training time"}),
+    "a restart that the result leaves out": (
+        {"edit": replaced("step:1/", "resumed step:9 elapsed:9000ms restarts:1 lost_steps:3\nstep:1/")}, {"training time"}),
+    "another life's time over 600,000 ms": (
+        {"restarts": 1, "edit": replaced("step:1/", "resumed step:9 elapsed:600100ms restarts:1 lost_steps:3\nstep:1/")}, {"training time"}),
     "training over 600,000 ms in a line": ({"edit": replaced("599251ms step", "601153ms step")}, {"training time"}),
     "evaluation over 600 s": ({"eval_time_s": 600.5}, {"evaluation time"}),
     "evaluation over 600 s in a line": ({"edit": replaced("420000ms", "599000ms")}, {"evaluation time"}),

@@ -131,12 +131,18 @@ def check_figures(run):
 
 
 def check_training_time(run):
-    """The clock that stopped training, from the lines and from the result; the larger counts."""
+    """The clock that stopped training, from the lines and from the result; the larger counts. It goes on where an earlier life
+    of a run that was killed and resumed had brought it, lost steps included."""
     shown = line_of(run, "stopping_early") or line_of(run, "step val_loss")
-    logged = [int(ms) for line in run.lines for ms in re.findall(r"(?:^step:.* t:|train_time:)(\d{1,15})ms", line)]
-    most = max([1000 * run.result["train_time_s"], *logged])
-    ok = most <= MOST_TRAINING_MS and re.search(r"train_time:\d+ms", shown)
-    return of_seed(run, "training time", ok, f"{shown or 'no line'} (at most {MOST_TRAINING_MS:,} ms; {most:,.1f} ms)")
+    pattern = r"(?:^step:.* t:|^resumed step:.* elapsed:|train_time:)(\d{1,15})ms"
+    logged = [int(ms) for line in run.lines for ms in re.findall(pattern, line)]
+    most, lives = max([1000 * run.result["train_time_s"], *logged]), run.result.get("restarts") or 0
+    resumed = [int(n) for line in run.lines for n in re.findall(r"^resumed step:\d+ elapsed:\d+ms restarts:(\d{1,9})", line)]
+    same = lives == (resumed[-1] if resumed else 0)
+    ok = most <= MOST_TRAINING_MS and re.search(r"train_time:\d+ms", shown) and same
+    said = f"; restarts {lives}, lost_steps {run.result.get('lost_steps')}: the time of every life" if lives else ""
+    said += f"; lines say restarts {resumed}, the result {lives}" * (not same)
+    return of_seed(run, "training time", ok, f"{shown or 'no line'} (at most {MOST_TRAINING_MS:,} ms; {most:,.1f} ms{said})")
 
 
 def check_evaluation_time(run):

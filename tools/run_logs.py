@@ -26,7 +26,7 @@ MEASURES = ("val_loss", "val_bpb", "roundtrip_val_loss", "roundtrip_val_bpb", "t
 SLIDING = ("sliding_val_loss", "sliding_val_bpb")  # absent or null in a run with SLIDING_EVAL=0
 TEXTS = ("device", "gpu_name", "torch_version", "code_sha256", "artifact_sha256")
 # What older programs did not write, or a run may leave out: null, or of its kind
-MAYBE_COUNTS = ("params", "ternary_params", "val_tokens", "val_bytes", "tokens", "stride")
+MAYBE_COUNTS = ("params", "ternary_params", "val_tokens", "val_bytes", "tokens", "stride", "restarts", "lost_steps")
 MAYBE_TEXTS = ("git_commit", "tokenizer_sha256", "artifact_path", "date")
 # The settings that submission.json names
 PATHS_AND_NAMES = ("data_path", "tokenizer_path", "matrix_optimizer")
