@@ -4606,26 +4606,28 @@ def check_room(where: list[tuple[str, str, str, int]]) -> None:
         disk[0] += size
         disk[1].append(what)
         if (free := shutil.disk_usage(folder).free) < disk[0]:
-            raise UserError(f"{name}={path!r}: {free:,} bytes are free there; expected {disk[0]:,} for {', '.join(disk[1])}")
+            wanted = f"{disk[0]:,} for {', '.join(disk[1])}"
+            raise UserError(f"{name}={path!r}: {free:,} bytes are free there; expected {wanted}")
 
 def memory_bytes() -> tuple[int, int]:
     """(all, available) of this machine or, where it is less, of its control group; no bound where nothing says it."""
     sizes = []
-    for name, pattern in (("/proc/meminfo", r"Mem(?:Total|Available):\s+(\d+) kB"), ("/sys/fs/cgroup/memory.max", r"(\d+)")):
+    for name, pattern in (("/proc/meminfo", r"Mem(?:Total|Available):\s+(\d+) kB"),
+                          ("/sys/fs/cgroup/memory.max", r"(\d+)")):  # fmt: skip
         with contextlib.suppress(OSError):
             found = [int(n) for n in re.findall(pattern, Path(name).read_text())]
             sizes += [(1024 * found[0], 1024 * found[1])] if len(found) > 1 else [(n, n) for n in found]
     return (min(all_ for all_, _ in sizes), min(free for _, free in sizes)) if sizes else (2**62, 2**62)
 
 def check_resources(model: GPT, world: World, log: Log) -> None:
-    """UserError where disks or, on a CPU, memory cannot hold the run; a warning where other programs leave too little."""
+    """UserError where disks or, on a CPU, memory cannot hold the run; a warning where others leave too little."""
     cfg, (params, ternary) = model.cfg, count_parameters(model)
     kept = cfg.checkpoint_keep * (cfg.checkpoint_every != "0")
     size = 4 * params * (3 + cfg.ema)  # weights, two moments, an average
     if world.is_main:
         check_room([("ARTIFACT_PATH", cfg.artifact_path, "the artifact", ternary // 4 + 2 * (params - ternary)),
                     ("LOG_DIR", str(log.path), "the log", 2**20),
-                    ("CHECKPOINT_DIR", f"{cfg.checkpoint_dir}/x", f"CHECKPOINT_KEEP={kept} and one that is being written",
+                    ("CHECKPOINT_DIR", f"{cfg.checkpoint_dir}/x", f"CHECKPOINT_KEEP={kept} and one being written",
                      size * (kept + 1) if kept else 0)])  # fmt: skip
     if world.device.type == "cpu":
         micro_batches, sequences = batch_layout(cfg, world.size)

@@ -156,7 +156,7 @@ def test_ten_spikes_in_a_row_end_the_run_and_nine_do_not(data_dir, tmp_path, spi
 def test_ten_in_a_row(data_dir, tmp_path, spikes):
     cfg = config(data_dir, tmp_path, warmup_steps=0, checkpoint_every=0, spike_guard=6, iterations=20)
     spikes(*range(6, 16))
-    with pytest.raises(UserError, match=r"SPIKE_GUARD=6\.0: 10 updates in a row, up to step 15, are left out"):
+    with pytest.raises(UserError, match=r"SPIKE_GUARD=6\.0: 10 updates in a row, up to step 15, left out"):
         trained(cfg)
 
 
