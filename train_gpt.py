@@ -648,6 +648,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most that was held at a time: of the GPU's memory, on a CPU by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # getrusage knows what the process was forked from, too
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -4422,7 +4424,7 @@ def shards_identity(cfg: Config, split: str) -> str:
     """The number and the size of a split's shards, and a SHA-256 of their names and sizes and of the manifest, else of
     their beginnings."""
     manifest, digest, total = Path(cfg.data_path) / "manifest.json", hashlib.sha256(), 0
-    shards = sorted(Path(cfg.data_path).glob(f"fineweb_{split}_*.bin"))
+    shards = TokenStream(cfg, split).paths
     for path in [*shards, *[manifest] * manifest.is_file()]:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -4601,8 +4603,11 @@ def check_room(where: list[tuple[str, str, str, int]]) -> None:
     """(setting, its path, what is written there, bytes) of each file: UserError if the disks have not so much left."""
     needed: dict[int, list] = defaultdict(lambda: [0, []])
     for name, path, what, size in where:
-        folder = next(p for p in Path(path).absolute().parents if p.is_dir())
-        disk = needed[folder.stat().st_dev]
+        try:
+            folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+            disk = needed[folder.stat().st_dev]
+        except OSError as error:
+            raise UserError(f"{name}={path!r}: expected a path that can be written to ({error.strerror})") from None
         disk[0] += size
         disk[1].append(what)
         if (free := shutil.disk_usage(folder).free) < disk[0]:

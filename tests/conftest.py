@@ -141,7 +141,7 @@ def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 
 
 WORKER = """
 import importlib, json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {root!r} + "/bench", {root!r} + "/tools"]
 from train_gpt import World
 
 world = World.from_env()

@@ -30,7 +30,7 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path, data_dir):
     table = list(campaign.disk(tmp_path, data_dir, 2, 0))
     if not table[0].tried:
         pytest.skip(table[0].what)
-    assert {row.what: (row.held, row.tried) for row in table} == {"one line, exit code 2": (1, 1), "trained and exported": (1, 1)}
+    assert all(row.held == row.tried for row in table) and sum(row.tried for row in table) == 2
 
 
 def test_a_part_that_is_none_is_refused(capsys):

@@ -323,9 +323,12 @@ def test_the_process_ends_with_the_line_and_the_code(data_dir, tmp_path):
 
 def test_under_torchrun_the_line_is_printed_once(data_dir, tmp_path, run_here, monkeypatch):
     """Before the processes join, and after: there, a batch of the schedule that two cannot share, though the first one's they can."""
-    monkeypatch.setattr(train_gpt.time, "sleep", lambda _: None)
-    found = [run_here(environment(data_dir, num_layrs=3, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert [code for code, *_ in found] == [2, 2] and found[1][2] == "" and found[0][2].count("did you mean NUM_LAYERS?") == 1
+    slept = []
+    monkeypatch.setattr(train_gpt.time, "sleep", slept.append)
+    (code, _, first), (other_code, _, second) = (run_here(environment(data_dir, num_layrs=3, rank=rank, world_size=2)) for rank in (0, 1))
+    assert code == other_code == 2 and first.count("did you mean NUM_LAYERS?") == 1 and slept == [3]
+    # what rank 1 says three seconds later is read only where rank 0 has not ended the run
+    assert second.startswith("train_gpt.py: rank 1 of 2: ") and second.removeprefix("train_gpt.py: rank 1 of 2: ") == first.removeprefix("train_gpt.py: ")
     done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)") == 1
