@@ -4448,7 +4448,7 @@ def check_room(where: list[tuple[str, str, str, int]]) -> None:
     """(setting, its path, what is written there, bytes) of each file: UserError if the disks have not so much left."""
     needed: dict[int, list] = defaultdict(lambda: [0, []])
     for name, path, what, size in where:
-        folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+        folder = next(p for p in Path(path).absolute().parents if os.path.isdir(p))
         disk = needed[folder.stat().st_dev]
         disk[0] += size
         disk[1].append(what)
