@@ -358,6 +358,21 @@ class Bench:
         self.results["arms"].setdefault(arm.name, {}).setdefault("evaluation", {})[str(window[1])] = record
         return rows
 
+    # ---- checkpoints
+
+    def measure_checkpoint(self) -> None:
+        """A checkpoint's cost as a share of the time at one a minute: the copy, and what the write takes from the steps."""
+        rows = []
+        for arms in self.groups():
+            self.together(arms, "steps", count=self.args.warmup)
+            answers = self.together(arms, "checkpoint", count=self.args.steps, rounds=self.args.rounds)
+            for name, answer in answers.items():
+                self.results["arms"].setdefault(name, {})["checkpoint"] = answer
+                held, extra, written = (quartiles(answer[key]) for key in ("held_ms", "extra_ms", "written_ms"))
+                rows.append([name, f"{answer['bytes'] / 1e6:.1f}", *("{1:.1f} ({0:.1f} to {2:.1f})".format(*q) for q in (held, extra, written)),
+                             f"{held[1] / 60_000:.3%}", f"{extra[1] / 60_000:.3%}"])  # fmt: skip
+        table(["arm", "MB", "ms held up by the copy (quartiles)", "ms in all (quartiles)", "ms until written", "copy, at one a minute", "in all"], rows)
+
     # ---- communication and start-up
 
     def print_communication(self) -> None:
@@ -467,6 +482,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--world", type=int, default=0, metavar="N", help="communication of a step at N processes")
     parser.add_argument("--startup", action="store_true", help="seconds to the first timed step")
+    parser.add_argument("--checkpoint", action="store_true", help="what a checkpoint a minute costs")
     parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args(argv)
     for pair in (pair for pairs in args.with_ for pair in pairs):
@@ -478,7 +494,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for folder in args.against:
         if not (folder / "train_gpt.py").is_file():
             parser.error(f"--against {folder}: expected a folder with train_gpt.py in it")
-    args.step |= not (args.eval or args.world or args.startup)
+    args.step |= not (args.eval or args.world or args.startup or args.checkpoint)
     return args
 
 
@@ -487,7 +503,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         parts = [(args.world, bench.print_communication), (args.startup, bench.measure_startup), (args.step, bench.measure_steps),
-                 (args.eval, bench.measure_evaluation)]  # fmt: skip
+                 (args.eval, bench.measure_evaluation), (args.checkpoint, bench.measure_checkpoint)]  # fmt: skip
         try:
             for asked, measure in parts:
                 if asked:

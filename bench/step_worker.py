@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -320,6 +321,30 @@ class Worker:
             prof.export_chrome_trace(str(Path(folder) / "trace.json"))
             groups, wall = read_trace(Path(folder) / "trace.json", matmul_shapes(self.model), gpu)
         return {"groups": {name: ms / count for name, ms in groups.items()}, "wall_ms": wall / count}
+
+    def checkpoint(self, count: int, rounds: int) -> dict:
+        """Of each of `rounds` checkpoints: ms that the copy holds the step up, ms that `count` steps from it on, in which it is
+        written, take beyond as many before it, the write's own ms, and the file's bytes."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.step.cfg = dataclasses.replace(self.cfg, checkpoint_every="60s", checkpoint_dir=folder, tokenizer_path=t.__file__)
+            hook = t.Checkpoints(self.step)
+            loop = types.SimpleNamespace(clock=t.Clock(self.world), batches=self.batches, step=self._taken, log=lambda _: None,
+                                         report=types.SimpleNamespace(first_losses=[]), read_losses=lambda _: None)  # fmt: skip
+            hook.begin(loop)
+            found = {"held_ms": [], "extra_ms": [], "written_ms": [], "bytes": 0}
+            for loop.step in range(1, rounds + 1):
+                before, start = sum(self.steps(count)["ms"]), time.perf_counter()
+                hook.save()
+                held = 1000 * (time.perf_counter() - start)
+                hook.writing.add_done_callback(lambda _, start=start: found["written_ms"].append(1000 * (time.perf_counter() - start)))
+                after = sum(self.steps(count)["ms"])
+                hook.finish_writing()
+                found["held_ms"].append(held)
+                found["extra_ms"].append(held + after - before)
+            hook.finish()
+            found["bytes"] = max(path.stat().st_size for path in Path(folder).glob("*.ckpt"))
+            self.step.cfg = self.cfg
+        return found
 
     def communication(self, world_size: int) -> dict:
         """[what, bytes of the whole] of every collective of a step at `world_size` processes, from the step's own buffers."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import artifact
@@ -445,3 +446,18 @@ def test_settings_without_ternary_weights_are_one_line(settings, said, monkeypat
 def test_the_entropy_of_nothing_is_no_byte():
     nothing = torch.zeros(0, dtype=torch.uint8).numpy()
     assert artifact.entropy_bytes(nothing, nothing) == 0
+
+
+def test_a_checkpoints_copy_and_write_are_timed(data_dir, monkeypatch):
+    """A copy and a write that sleep show where they belong; the step's own config is back afterwards."""
+    import step_worker
+
+    for name, text in (TINY | {"DATA_PATH": str(data_dir), "WARMUP_STEPS": "0"}).items():
+        monkeypatch.setenv(name, text)
+    state, chunks = train_gpt.training_state, train_gpt.checkpoint_chunks
+    monkeypatch.setattr(train_gpt, "training_state", lambda step: (time.sleep(0.2), state(step))[1])
+    monkeypatch.setattr(train_gpt, "checkpoint_chunks", lambda *rest: (time.sleep(0.6), chunks(*rest))[1])
+    worker = step_worker.Worker()
+    found = worker.checkpoint(count=1, rounds=2)
+    assert all(200 <= held < 500 for held in found["held_ms"]) and all(ms >= 800 for ms in found["written_ms"])
+    assert len(found["extra_ms"]) == len(found["written_ms"]) == 2 and found["bytes"] > 10**5 and worker.step.cfg is worker.cfg
