@@ -838,7 +838,7 @@ def checkout(tmp_path_factory):
 
 COMMANDS = [path for part in ("*.sh", "*.py", "tools/*.sh", "tools/*.py", "bench/*.sh", "bench/*.py", ".ci/run") for path in sorted(ROOT.glob(part))]
 MODULES = {"common.sh", "kernel_groups.py"} | {f"{name}.py" for name in (
-    "command_line hub_fetch check_data demo_corpus encode_text model_files shard_io text_files run_logs arm_results report_model report_page").split()}  # fmt: skip
+    "command_line hub_fetch hub_push check_data demo_corpus encode_text model_files shard_io text_files run_logs arm_results report_model report_page").split()}  # fmt: skip
 PASS_ON = {"run_tests.sh", "run"}  # their arguments are pytest's
 
 

@@ -113,8 +113,8 @@ def is_fetched(dataset, export, shards):
     return False
 
 
-def import_hub():
-    """The hub's client; UserError without it."""
+def import_hub(what="fetch"):
+    """The hub's client; UserError without it says `what` needs it."""
     # plain HTTP goes on with a half file, in this run and in the next one; the xet transfer does not
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
@@ -123,7 +123,7 @@ def import_hub():
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError:
-        raise UserError(f"fetch: needs huggingface_hub ({DATA_REQUIREMENTS})") from None
+        raise UserError(f"{what}: needs huggingface_hub ({DATA_REQUIREMENTS})") from None
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub

@@ -3,6 +3,7 @@
 
     make_submission.py logs/record_seed42.txt logs/record_seed1337.txt logs/record_seed7.txt
     make_submission.py --records records --name "Ternary U-Net" --record THEIR/submission.json logs/record_seed*.txt
+    make_submission.py --records records --name "Ternary U-Net" --hub OWNER/NAME logs/record_seed*.txt
     make_submission.py --check 3 --records records --name "Ternary U-Net"     before three long runs: what their end will need
 
 Every number comes from the last `result {json}` line of a log, the threads of a CPU from the line with the versions. The score
@@ -12,7 +13,9 @@ together, or break the rules, are refused with one line and exit code 2, and not
 
 A folder, records/<track>/<date>_<name>/, is written whole or not at all, and only if compliance.py, whose table is printed,
 finds no breach (else exit code 1). Its train_gpt.py is the file that ran: the logs begin with it. If that is a packed one, its
-readable program, which is checked to be the same, lies beside it.
+readable program, which is checked to be the same, lies beside it. --pull-request FILE writes the text of its pull request: a
+title, an empty line, the rest. --hub sends the folder, a model card and the artifacts to a model repository of the Hugging Face
+hub, which is made, private, if it is not there. Without --hub nothing is sent anywhere.
 """
 
 import argparse
@@ -30,6 +33,7 @@ import tempfile
 from pathlib import Path
 
 import compliance
+import hub_push
 import pack_code
 from hub_fetch import EXPORTS
 from run_logs import BUDGET_BYTES, FREE_SETTINGS, SLIDING, OneLineParser, check_same, read_run, scored_by, start
@@ -332,6 +336,39 @@ the scores compare with no other submission's. {pieces}"""
 {compliance.FINEWEB_VAL_DOCUMENTS:,} documents are the validation split; the runs read `{config['data_path']}`. {scored}{pieces}{shards}"""
 
 
+def pull_request(runs, submission, findings, folder):
+    """The text of the pull request that hands the folder in: a title, an empty line, the rest."""
+    score, track = submission["score"], "Non-record" if submission["track"] == OTHER_TRACK else "Record"
+    spread = "" if submission["val_bpb_std"] is None else f", standard deviation {submission['val_bpb_std']:.5f}"
+    notice = f"\n**{submission['notice']}**\n" if "notice" in submission else ""
+    words = {True: "yes", False: "no"}
+    shown = {f.rule: f for f in sorted(findings, key=lambda f: not f.ok)}  # the last of a rule counts
+    rules = "\n".join(f"| {f.rule} | {words[f.ok]} | {f.evidence.replace('|', '/')} |" for f in shown.values())
+    return f"""{track}: {submission['name']}, {submission['val_bpb']:.4f} bits per byte
+
+Adds `records/{submission['track']}/{folder.name}`.
+
+* **{submission['val_bpb']:.5f} bits per byte** ({score}; mean of {plural(len(runs), "seed")}{spread})
+* at most {submission['bytes_total']:,} of {BUDGET_BYTES:,} bytes, code and artifact
+* {submission['hardware']}
+* {submission['blurb']}
+{notice}
+{seed_table(runs, submission)}
+
+## The rules, as far as logs show them
+
+As `tools/compliance.py` finds them. A rule's row is of the last seed, or of one that does not keep it.
+
+| rule | kept | shown by |
+|---|---|---|
+{rules}
+
+## What it builds on, and how it differs
+
+{BUILDS_ON}
+"""
+
+
 def seed_table(runs, submission):
     """Markdown: a row a seed, then mean and standard deviation."""
     score = submission["score"]
@@ -430,7 +467,9 @@ def check_end(args):
     compliance.read_options(args)
     if args.logs:
         raise UserError(f"{args.logs[0]}: not an option; the runs will write the logs")
-    check_can_be_made(args.out or Path("submission.json"), 0)
+    check_options(args)
+    if not args.out:
+        check_can_be_made(Path("submission.json"), 0)
     check_can_be_made(Path(os.environ.get("LOG_DIR") or "logs") / "log", FREE_BYTES_A_RUN * args.check)
     if not args.records:
         return
@@ -443,6 +482,8 @@ def check_end(args):
             raise UserError(f"{option} {path}: no such file, or not readable")
     if args.code:
         check_code_before(args)
+    if args.hub:
+        hub_push.open_hub(args.hub)
 
 
 def check_code_before(args):
@@ -510,6 +551,9 @@ def build_parser():
     parser.add_argument("--source", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
                         help="with --records: the readable file of packed code; default: this checkout's train_gpt.py")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="with --records: replace a folder that is there")
+    parser.add_argument("--pull-request", type=Path, metavar="FILE", help="with --records: also write the text of the pull request")
+    parser.add_argument("--hub", metavar="OWNER/NAME",
+                        help="with --records: also send folder and artifacts to this model repository of the Hugging Face hub")  # fmt: skip
     compliance.add_options(parser)
     return parser
 
@@ -535,12 +579,23 @@ def write_whole(path, text):
             partial.unlink(missing_ok=True)
 
 
-def complies(args):
-    """Print compliance.py's table of the logs; whether there is no breach."""
+def check_rules(args):
+    """compliance.py's findings on the logs; their table is printed."""
     files, record = compliance.read_options(args)
     findings = compliance.check_logs(args.logs, files, record, args.non_record)
     print(compliance.table(findings))
-    return not any(finding.breach for finding in findings)
+    return findings
+
+
+def check_options(args):
+    """UserError for options that do not go together, or that cannot be met as far as it is known before anything is written."""
+    for option, value in (("--pull-request", args.pull_request), ("--hub", args.hub)):
+        if value and not args.records:
+            raise UserError(f"{option} needs --records DIR")
+    if args.hub:
+        hub_push.repository_name(args.hub)
+    for path in filter(None, (args.out, args.pull_request)):
+        check_can_be_made(path, 0)
 
 
 def write_submission(args):
@@ -549,25 +604,41 @@ def write_submission(args):
     if not args.logs:
         raise UserError("no logs: name one log file a seed")
     compliance.read_options(args)
-    if args.out:
-        check_can_be_made(args.out, 0)  # before the folder, which would be there without it
+    check_options(args)  # before the folder, which would be there without what they ask for
     folder = record_folder(args, args.date or date_of(read_runs(args.logs))) if args.records else None
-    if folder and not complies(args):
+    findings = check_rules(args) if folder else []
+    if any(finding.breach for finding in findings):
         print(f"make_submission.py: error: {folder}: not written, since rules are broken (above)", file=sys.stderr)
         return 1
     runs = read_runs(args.logs)
     submission = build_submission(runs, identity, args.non_record)
+    artifacts = hub_push.find_artifacts(runs, args.artifact) if args.hub else {}
+    client = hub_push.open_hub(args.hub) if args.hub else None
+    files = record_files(args, runs, submission) if folder else {}
     if folder:
-        write_folder(folder, record_files(args, runs, submission))
+        write_folder(folder, files)
     out = args.out or (None if folder else Path("submission.json"))
     if out:
         write_whole(out, json_text(submission))
     for path in filter(None, (folder, out)):
         print(f"{path}: {submission['val_bpb']:.4f} bits per byte ({submission['score']}, {plural(len(runs), 'seed')}), "
               f"{submission['bytes_total']:,} of {BUDGET_BYTES:,} bytes")  # fmt: skip
+    if args.pull_request:
+        write_whole(args.pull_request, pull_request(runs, submission, findings, folder))
+        print(f"{args.pull_request}: the text of the pull request")
     if "notice" in submission:
         print(submission["notice"])
+    if args.hub:
+        send(args, client, files, artifacts, folder)
     return 0
+
+
+def send(args, client, files, artifacts, folder):
+    """Send the folder that has just been written; UserError says how to try that again."""
+    try:
+        print(f"sent to {hub_push.push(client, args.hub, files, artifacts, f'{args.name}: folder and artifacts')}")
+    except UserError as error:
+        raise UserError(f"{error}; {folder} is written, the same command with --force sends it again") from None
 
 
 def main(argv=None):
