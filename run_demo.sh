@@ -63,7 +63,7 @@ make_text_data() {
     --out "$DATA_PATH" >&2; then
     if [[ -e $DATA_PATH/manifest.json ]]; then return; fi # another run_demo.sh of this text was faster
     rmdir "$DATA_PATH" "${DATA_PATH%/*}" 2>/dev/null || true
-    die "--text: no shards of it, for the reason above; VOCAB_SIZE=... asks for another number of pieces"
+    die "--text: no shards of it, for the reason above; VOCAB_SIZE=... asks for another number of pieces, docs/data.md has the rest"
   fi
 }
 

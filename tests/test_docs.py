@@ -36,7 +36,7 @@ PARTS = {field for field in dir(train_gpt.Config) if not field.startswith("_")}
 NEEDS = {
     "a GPU": r"torchrun|nproc_per_node=8|^(?!.*ALLOW_CPU).*run_8xh100\.sh|gpu_queue\.sh|rehearse_gpu\.sh|--full|tiles\.py",
     "the network": r"prepare_data\.py fetch|--data fineweb|--hub|pip install",
-    "minutes": r"run_\w+\.sh|setup\.sh|bench/\w+\.py|campaign\.py|prepare_data\.py corpus|report\.py",
+    "minutes": r"run_\w+\.sh|setup\.sh|bench/\w+\.py|campaign\.py|prepare_data\.py corpus|report\.py|tour\.py",
     "files of the reader's or of a run": r"\b(?:FILES?|DIR|FOLDER|OUT)\b|[AB]\.ptz|THEIR|demo_sp4096|logs/demo\.|data/(?:mine|bench)/|data/mine|logs/record_|"
                                          r"settings_page\.py|train_gpt\.py$",
 }  # fmt: skip
