@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def queue(folder: Path, *arguments: str, hangs: str = "no", **settings: str) -> 
     """gpu_queue.sh in a copy of the project whose interpreter is the stub; the run `hangs` never ends, nor does what it has started."""
     for name in ("bench", "tools", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "python").write_text(STUB.replace("REAL", sys.executable).replace("HANGS", hangs))
+    (folder / "python").write_text(STUB.replace("REAL", shlex.quote(sys.executable)).replace("HANGS", hangs))
     (folder / "python").chmod(0o755)
     (folder / "shards").mkdir()
     for name in ("fineweb_train_000000.bin", "tokenizer.model"):

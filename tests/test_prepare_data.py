@@ -721,6 +721,8 @@ def test_the_key_ignores_what_tokenizers_ignore_still() -> None:
 @pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
 @pytest.mark.parametrize("name", ["h\u00fclle \u4e2d".encode(), b"not-utf8-\xff"], ids=["umlaut", "bytes"])
 def test_any_path_on_any_console(tmp_path: Path, models: dict[str, Path], variables: dict[str, str], name: bytes) -> None:
+    if "LC_ALL" in variables and not str(ROOT).isascii():
+        pytest.skip("SentencePiece cannot be imported from such a path in the C locale")
     folder = os.fsencode(tmp_path) + b"/" + name
     try:
         os.mkdir(folder)

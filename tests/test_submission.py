@@ -913,7 +913,8 @@ COPY_LOG = 'mkdir -p "${LOG_DIR:-logs}"; cp "made/record_seed$SEED.txt" "${LOG_D
 
 def test_the_rehearsal_works_as_it_is_written(tree, code):
     head, page = rehearsals().values()
-    assert head.split() == page.split()
+    begin = head.removesuffix(")").split()
+    assert page.removesuffix(")").split()[: len(begin)] == begin  # the page goes on to the folder
     demo_folder(tree)
     (tree / "made").mkdir()
     for seed in SEEDS:
