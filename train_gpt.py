@@ -2627,7 +2627,8 @@ def compiled(function: Callable, cfg: Config, world: World) -> Callable:
     Nor on GPUs before compute capability 8.9: Triton has no conversion to e4m3 there. A score survives its graph.
     """
     graph = compiled_graph(function, cfg, world)
-    return surviving(graph, function) if function is score_windows and graph is not function else graph
+    survives = function is score_windows and graph is not function and not cfg.kernels_strict
+    return surviving(graph, function) if survives else graph
 
 def compiled_graph(function: Callable, cfg: Config, world: World) -> Callable:
     """`compiled`, with the errors of a compiler."""
@@ -3820,10 +3821,14 @@ class OptionSettings(Settings):
     checkpoint_every: str = setting("0", "steps or, as 600s, seconds between two; 0: none", group="Checkpoints")
     checkpoint_keep: int = setting(2, "newest ones that stay", least=1)
     checkpoint_dir: str = setting("checkpoints", "their folder")
-    resume: str = setting("", "1: go on from the newest; or the path of one")
+    resume: str = setting("0", "1: go on from the newest; or the path of one")
     export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
     spike_guard: float = setting(0.0, "deviations above the mean loss that cost a step its update; 0: off", least=0)
     check_replicas_every: int = setting(0, "steps between two comparisons of all processes' weights; 0: none", least=0)
+
+    @property
+    def resumes(self) -> bool:
+        return self.resume not in ("", "0")
 
     @property
     def softening(self) -> tuple[float, float]:
@@ -4009,11 +4014,12 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
     cfg, half = step.cfg, compute_dtype(step.cfg.precision, step.world.device) == torch.float16
     shapes = cfg.step_shapes() != Settings.step_shapes(cfg)
     rates = cfg.lr_warmup_steps or cfg.warmdown_iters or cfg.min_lr_ratio or cfg.warmdown_shape != "linear"
-    wanted = {BigramStart: cfg.embed_init == "bigram", Softening: cfg.ternary_phase != "0",
+    wanted = {Softening: cfg.ternary_phase != "0",
               Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
               LossScaling: half, Clipping: cfg.grad_clip_norm, SpikeGuard: cfg.spike_guard, Averaging: cfg.ema,
               Churn: cfg.churn_log_every, Watching: step.world.watch, Replicas: cfg.check_replicas_every,
-              Checkpoints: cfg.checkpoint_every != "0" or cfg.resume or cfg.export_on_stop}  # fmt: skip
+              Checkpoints: cfg.checkpoint_every != "0" or cfg.resumes or cfg.export_on_stop,
+              BigramStart: cfg.embed_init == "bigram"}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
 def shaped_rate(cfg: Config, step: int, progress: float, left: float) -> float:
@@ -4082,6 +4088,8 @@ class BigramStart(Hook):
     @torch.no_grad()
     def begin(self, loop: Loop) -> None:
         step, model = self.step, self.step.model
+        if loop.step:  # a checkpoint holds what became of it
+            return
         weights = [model.table.weight, model.embed_in.weight, model.embed_out.weight, model.vocab_bias]
         step.share_latent()
         for w in weights:
@@ -4448,7 +4456,7 @@ class Checkpoints(Hook):
         self.restarts, self.lost_steps, self.beating = 0, 0, threading.Event()
         self.lineage = cfg.run_id  # of the run that began it
         self.same = cfg.model_settings() | data_identity(cfg)
-        if cfg.resume:
+        if cfg.resumes:
             self.resume()
         self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
         if self.step.world.is_main and self.on:
@@ -4668,7 +4676,8 @@ class Watch:
             env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False)) for _ in range(2)]  # fmt: skip
         self.looks = [[-1, -1, "", 0, 0, 0] for _ in range(world.size)]  # beats, calls, words; looks since each changed
         self.say()
-        threading.Thread(target=self.keep_looking, daemon=True).start()
+        self.thread = threading.Thread(target=self.keep_looking, daemon=True)
+        self.thread.start()
 
     def say(self, words: str = "") -> None:
         self.words, self.beats = self.words or words, self.beats + 1
@@ -4725,9 +4734,15 @@ class Watch:
             else:
                 self.say(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
             self.stopped.wait(rest * self.LOOK_S)
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop looking. Python's end aborts a thread that is inside the store, and with it the process's exit code."""
+        self.stopped.set()
+        self.thread.join(self.FAILED * self.LOOK_S)
 
     def close(self) -> None:
-        self.stopped.set()
+        self.leave()
         with contextlib.suppress(RuntimeError):
             self.say("done")
 
@@ -5768,12 +5783,18 @@ def run_until_stopped(arguments: list[str]) -> int:
         if stream:
             stream.reconfigure(errors="backslashreplace")  # for a console that cannot show the characters of a path
     try:
-        return run(arguments)
+        code = run(arguments)
     except Stopped as reason:
         number = reason.args[0]
         if World.speaks():
             print(f"\ntrain_gpt.py: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         os._exit(exit_code(number))  # Python itself would end only when its threads have computed all they have queued
+    if World.watch:  # torch 2.13's end aborts now and then where gloo was used, and the exit code is lost
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 if __name__ == "__main__":
     sys.exit(run_until_stopped(sys.argv[1:]))

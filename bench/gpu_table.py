@@ -83,6 +83,8 @@ def difference(values: list[float | None]) -> float | None:
 def usable(parts: Parts) -> str:
     """Settings without what failed the self-check of any run; nothing where all of it passed."""
     off = {name for result in parts.results.values() for name in result["kernels_off"]}
+    if "FlashAttention-3" in off:  # a run by itself would take it again
+        off.add("attention")
     words = []
     if "all" in off:
         words.append("KERNELS=off")
@@ -90,6 +92,8 @@ def usable(parts: Parts) -> str:
         words.append("KERNELS=" + ",".join(name for name in OPERATIONS if name not in off))
     if "compile" in off:
         words.append("COMPILE_MODE=none")
+    elif "compiled_score" in off:
+        words.append("COMPILE_MODE=training")
     return " ".join(words)
 
 

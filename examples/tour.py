@@ -72,9 +72,11 @@ preset = root / "configs" / ("demo_gpu.env" if torch.cuda.is_available() else "d
 lines = [line for line in preset.read_text().splitlines() if line and not line.startswith("#")]
 settings = dict(line.split("=", 1) for line in lines) | {"MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "tour"}
 settings["ARTIFACT_PATH"] = "logs/tour.ternary.ptz"
-settings["DATA_PATH"] = data = os.environ.get("DATA_PATH", f"data/demo_sp{settings['VOCAB_SIZE']}")
+vocab = os.environ.get("VOCAB_SIZE", settings["VOCAB_SIZE"])
+settings["DATA_PATH"] = data = os.environ.get("DATA_PATH", f"data/demo_sp{vocab}")
 settings["TOKENIZER_PATH"] = f"{data}/tokenizer.model"
-settings = {name: value for name, value in settings.items() if name not in os.environ}
+yours = os.environ.keys() - set(os.environ.get("PRESET_SETTINGS", "").split())  # without those of this cell's last run
+settings = {name: value for name, value in settings.items() if name not in yours}
 os.environ.update(settings, PRESET_SETTINGS=" ".join(settings))  # the program may fit what is a preset's to the text
 cfg = train_gpt.Config.from_env()
 params, ternary = train_gpt.count_parameters(train_gpt.GPT(cfg))

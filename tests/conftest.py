@@ -140,7 +140,7 @@ def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 
 
 
 WORKER = """
-import importlib, json, sys
+import importlib, json, os, sys
 sys.path[:0] = [{root!r}, {tests!r}, {root!r} + "/bench", {root!r} + "/tools"]
 from train_gpt import World
 
@@ -150,8 +150,10 @@ for name in {functions}:
     module, function = name.split(".")
     results.append(getattr(importlib.import_module(module), function)(world))
 if world.is_main:
-    print("results " + json.dumps(results))
+    print("results " + json.dumps(results), flush=True)
 world.close()
+if world.size > 1:
+    os._exit(0)  # as train_gpt.py ends
 """
 
 

@@ -135,6 +135,8 @@ def test_what_must_stay_the_same_is_named(data_dir, tmp_path):
         trained(dataclasses.replace(cfg, resume="1", data_path=str(shard)))
     with pytest.raises(UserError, match="RESUME='nowhere': expected 1 or the path of a checkpoint"):
         trained(dataclasses.replace(cfg, resume="nowhere"))
+    for off in ("0", ""):
+        assert trained(dataclasses.replace(cfg, resume=off))[1]["restarts"] == 0
 
 
 def test_without_a_checkpoint_it_starts_and_says_so(data_dir, tmp_path, capsys):

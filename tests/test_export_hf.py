@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_the_file_holds_every_stored_parameter_exactly(settings, tmp_path, data_
 
         library = load_file(out / "model.safetensors")
         assert library.keys() == stored.keys() and all(torch.equal(library[name].float(), p) for name, p in stored.items())
+
+
+def test_every_activation_of_the_trainer_is_exported():
+    """Read from the source, so that it needs no transformers."""
+    source = (ROOT / "tools/hf/modeling_ternary_gpt.py").read_text()
+    table = re.search(r"^ACTIVATIONS = \{.*?\}", source, re.MULTILINE | re.DOTALL)[0]
+    assert set(re.findall(r'"(\w+)":', table)) == {"relu2", *train_gpt.ACTIVATED}
 
 
 def test_what_16_bits_cannot_hold_stays_in_float32():

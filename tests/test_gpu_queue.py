@@ -152,7 +152,8 @@ def test_levers_fill_the_column(tmp_path, capsys):
 
 @pytest.mark.parametrize("off, words", [
     ({}, ""), ({"compile": ""}, "COMPILE_MODE=none"), ({"all": "", "compile": ""}, "KERNELS=off COMPILE_MODE=none"),
-    ({"qk": "", "loss": ""}, "KERNELS=matmul,norm,attention,mlp,score"),
+    ({"qk": "", "loss": ""}, "KERNELS=matmul,norm,attention,mlp,score"), ({"FlashAttention-3": ""}, "KERNELS=matmul,norm,qk,mlp,loss,score"),
+    ({"compiled_score": ""}, "COMPILE_MODE=training"), ({"compiled_score": "", "compile": ""}, "COMPILE_MODE=none"),
 ])  # fmt: skip
 def test_what_can_run_here(off, words, tmp_path):
     figures = write(tmp_path / "f.jsonl", {"name": "check", "result": {"kernels": {}, "kernels_off": off}})

@@ -339,7 +339,7 @@ def test_each_setting_brings_its_hook_and_all_come_in_one_order():
         assert [type(hook) for hook in TrainingStep(model, model.cfg, World()).hooks] == [kind], settings
         together |= settings
     model = tiny_model(num_layers=1, **together)
-    order = [BigramStart, Softening, Schedules, Untying, Commitment, LossScaling, Clipping, Averaging, Churn]
+    order = [Softening, Schedules, Untying, Commitment, LossScaling, Clipping, Averaging, Churn, BigramStart]
     assert [type(hook) for hook in TrainingStep(model, model.cfg, World()).hooks] == order
 
 
@@ -630,6 +630,15 @@ def test_a_start_from_bigrams_knows_more_than_the_frequencies_and_survives_its_s
         assert model(x, y).mean() < entropy - 0.5
         loaded, _ = load_artifact(save_artifact(model, cfg))
         assert torch.equal(loaded(x, y), model(x, y))
+
+
+def test_a_run_that_goes_on_does_not_start_from_bigrams_again(data_dir):
+    model, lines = fresh_model(tiny_config(embed_init="bigram", data_path=data_dir)), []
+    before = [p.detach().clone() for p in model.parameters()]
+    with rounded_once(model):
+        [hook] = TrainingStep(model, model.cfg, World()).hooks
+        hook.begin(loop_at(step=3, lines=lines))
+    assert not lines and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_the_random_start_is_not_touched(data_dir):

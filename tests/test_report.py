@@ -90,7 +90,7 @@ def tiny_page(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     report.SAMPLER, before = folder / "sample.py", report.SAMPLER
     report.SAMPLER.write_text(
-        "import sys; print((sys.argv[2] if sys.argv[2][0] != '-' else '') + ' and <b>more</b> of ' + sys.argv[1])"
+        "import sys; artifact, *prompt = sys.argv[sys.argv.index('--') + 1 :]; print(*prompt, 'and <b>more</b> of', artifact)"
     )
     try:
         code, page = make(folder, trained)
@@ -356,6 +356,24 @@ def test_mistakes_are_one_line_and_touch_nothing(arguments, said, tmp_path, monk
     complaint = capsys.readouterr().err
     assert end.value.code == 2 and said in complaint and complaint.count("\n") == 1 and complaint.startswith("report.py: error: ")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(trained, data_dir, tmp_path, capsys):
+    (tmp_path / "other.model").write_bytes((data_dir / "tokenizer.model").read_bytes() + b"\x08\x01")
+    code, page = make(tmp_path, trained, "--tokenizer", tmp_path / "other.model")
+    assert code == 2 and not page and f"--tokenizer {tmp_path / 'other.model'}: not the tokenizer of {trained}" in capsys.readouterr().err
+    assert make(tmp_path, trained, "--tokenizer", data_dir / "tokenizer.model")[0] == 0
+
+
+def test_the_log_of_an_evaluation_has_a_page(tmp_path):
+    trained_alone = ("steps", "tokens", "code_bytes", "code_sha256", "first_losses", "train_time_s", "ms_per_step", "val_loss", "val_bpb",
+                     "total_bytes", "artifact_bytes", "params", "ternary_params", "stream_bytes", "codec", "zero_frac")  # fmt: skip
+    log = short_log(tmp_path / "scored.txt", config={"eval_only": True}.items())
+    *before, result = log.read_text().splitlines()
+    figures = {key: value for key, value in json.loads(result.removeprefix("result ")).items() if key not in trained_alone}
+    log.write_text("\n".join([*before, "result " + json.dumps(figures)]) + "\n")
+    code, page = make(tmp_path, log)
+    assert code == 0 and "1.7" in page
 
 
 def test_held_out_text_of_another_tokenizer_is_said(trained, tmp_path):

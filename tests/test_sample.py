@@ -116,6 +116,7 @@ def test_tokens_are_drawn_as_the_options_say():
     p = torch.tensor([0.1, 0.4, 0.3, 0.2])
     close = lambda a, b: torch.testing.assert_close(a, torch.tensor(b), atol=0.04, rtol=0)
     close(drawn(p.log(), temperature=1), [0.1, 0.4, 0.3, 0.2])
+    close(drawn(p.log(), temperature=1e-310, count=9), [0.0, 1.0, 0.0, 0.0])
     close(drawn(p.log(), temperature=0.5), (p**2 / (p**2).sum()).tolist())
     close(drawn(p.log(), temperature=1, top_k=2), [0, 4 / 7, 3 / 7, 0])
     close(drawn(p.log(), temperature=1, top_p=0.71), [0, 4 / 9, 3 / 9, 2 / 9])
@@ -225,8 +226,11 @@ def test_the_manifest_beside_the_artifact_says_which_tokenizer_it_was(run_folder
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer_sha256": "0" * 64}))
     assert say(tmp_path / "model.ptz", "a") == 2
     assert f"was trained with 000000000000... ({tmp_path / 'manifest.json'})" in capsys.readouterr().err
-    (tmp_path / "manifest.json").write_text("[]")
-    assert say(tmp_path / "model.ptz", "a", "--tokens", 1) == 0
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"tokenizer.model": "1" * 64}}))
+    assert say(tmp_path / "model.ptz", "a") == 2 and "was trained with 111111111111..." in capsys.readouterr().err
+    for none in ("[]", "[" * 100_000):
+        (tmp_path / "manifest.json").write_text(none)
+        assert say(tmp_path / "model.ptz", "a", "--tokens", 1) == 0
 
 
 @pytest.mark.slow

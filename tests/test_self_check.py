@@ -145,6 +145,8 @@ def test_compile_mode_training_leaves_the_score_alone_uncompiled(monkeypatch):
         cfg = tiny_config(compile_mode=mode)
         assert train_gpt.compiled(training_loss, cfg, World()) == (training_loss, found)
         assert (train_gpt.compiled(train_gpt.score_windows, cfg, World()) is train_gpt.score_windows) is (mode == "training")
+        strict = train_gpt.compiled(train_gpt.score_windows, tiny_config(compile_mode=mode, kernels_strict=1), World())
+        assert mode == "training" or strict == (train_gpt.score_windows, found)  # whose errors are errors
         assert mode == "training" or train_gpt.compiled_graph(train_gpt.score_windows, cfg, World()) == (train_gpt.score_windows, found)
 
 

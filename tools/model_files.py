@@ -6,7 +6,6 @@ log or the manifest.json beside the artifact notes the tokenizer's SHA-256, anot
 """
 
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from command_line import not_a_command
 from run_logs import read_run
-from shard_io import UserError
+from shard_io import UserError, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,12 +93,10 @@ def known_digest(loaded, run):
     """SHA-256 of the tokenizer that the model was trained with, and what says so; ("", "") where nothing does."""
     if run and run.result.get("tokenizer_sha256"):
         return run.result["tokenizer_sha256"], run.log
-    manifest = loaded.path.parent / "manifest.json"
-    try:
-        noted = json.loads(manifest.read_bytes()).get("tokenizer_sha256")
-    except (OSError, ValueError, AttributeError):
-        noted = None
-    return (noted, manifest) if isinstance(noted, str) else ("", "")
+    manifest = read_manifest(loaded.path.parent)
+    files = manifest.get("files")
+    noted = manifest.get("tokenizer_sha256") or (files.get("tokenizer.model") if isinstance(files, dict) else None)
+    return (noted, loaded.path.parent / "manifest.json") if isinstance(noted, str) else ("", "")
 
 
 def places(loaded, run):

@@ -368,9 +368,10 @@ def draw_bytes(axes, curves):
     axes.set_yticks(range(len(runs)), [shortened(name, 24) for name in runs], parse_math=False)
     axes.set_ylim(len(runs) - 0.4, -0.6) if len(runs) > 1 else axes.set_ylim(1, -1)
     axes.set_xlim(0, 1.12 * most)
-    axes.legend(
+    legend = axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, fontsize="small", columnspacing=1, handlelength=1.5
     )
+    without_formulas(legend)
     axes.set_xlabel("bytes of the artifact (thousands), by stream")
 
 
@@ -417,8 +418,13 @@ def add_legend(owner, axes, **where):
     legend = owner.legend(
         handles, labels, title="validation, bits per byte", frameon=False, alignment="left", handlelength=3.4, **where
     )
+    without_formulas(legend)
+
+
+def without_formulas(legend):
+    """A name with two dollars is none."""
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a name with two dollars is no formula
+        text.set_parse_math(False)
 
 
 def new_figure(width, height):

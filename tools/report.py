@@ -93,7 +93,10 @@ def subject_of(name, run, given, options):
     artifact, why_not = given.get(run.result.get("artifact_sha256")), ""
     if not artifact:
         artifact, why_not = find_artifact(run)
-    tokenizer = options.tokenizer or (find_tokenizer(run, artifact) if artifact else None)
+    tokenizer, digest = options.tokenizer, run.result.get("tokenizer_sha256")
+    if tokenizer and digest and sha256_file(tokenizer) != digest:
+        raise UserError(f"--tokenizer {tokenizer}: not the tokenizer of {run.log}: its SHA-256 is another")
+    tokenizer = tokenizer or (find_tokenizer(run, artifact) if artifact else None)
     return Subject(name, run, curve, artifact, tokenizer, why_not)
 
 
@@ -407,8 +410,8 @@ class Views:
                 yield text
 
     def sample(self, prompt, seed):
-        command = [sys.executable, str(SAMPLER), str(self.subject.artifact), *([prompt] if prompt else []), "--tokenizer",
-                   str(self.subject.tokenizer), "--tokens", str(SAMPLE_TOKENS), "--seed", str(seed)]  # fmt: skip
+        command = [sys.executable, str(SAMPLER), "--tokenizer", str(self.subject.tokenizer), "--tokens", str(SAMPLE_TOKENS),
+                   "--seed", str(seed), "--", str(self.subject.artifact), *([prompt] if prompt else [])]  # fmt: skip
         try:
             done = subprocess.run(command, capture_output=True, timeout=SAMPLE_SECONDS, check=False, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:

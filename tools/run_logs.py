@@ -52,7 +52,7 @@ class Run:
     @property
     def code(self):
         """The file that ran, as the log's beginning has it; check it against code_sha256 before use."""
-        return self.content[: self.result["code_bytes"]]
+        return self.content[: self.result.get("code_bytes", 0)]  # an evaluation has none
 
     @property
     def is_evaluation(self):

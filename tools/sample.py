@@ -187,7 +187,7 @@ def choose(logits, options, generator):
 
     if options.temperature == 0:
         return int(logits.argmax())
-    logits = logits.double() / options.temperature
+    logits = (logits.double() - logits.max()) / options.temperature  # the largest stays finite however low that is
     if 0 < options.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -math.inf)
     p, order = logits.softmax(-1).sort(descending=True)

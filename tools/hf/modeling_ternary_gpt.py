@@ -42,7 +42,8 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "swiglu": swiglu}
+ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "leaky_relu": F.leaky_relu, "gelu": F.gelu, "swiglu": swiglu,
+               "leaky_relu2": lambda x: torch.where(x >= 0, x, x / 4) * x}  # fmt: skip
 
 
 class TernaryGPTForCausalLM(PreTrainedModel, GenerationMixin):
