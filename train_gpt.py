@@ -3821,14 +3821,10 @@ class OptionSettings(Settings):
     checkpoint_every: str = setting("0", "steps or, as 600s, seconds between two; 0: none", group="Checkpoints")
     checkpoint_keep: int = setting(2, "newest ones that stay", least=1)
     checkpoint_dir: str = setting("checkpoints", "their folder")
-    resume: str = setting("0", "1: go on from the newest; or the path of one")
+    resume: str = setting("", "1: go on from the newest; or the path of one")
     export_on_stop: bool = setting(False, "after a signal, export and score what has been trained")
     spike_guard: float = setting(0.0, "deviations above the mean loss that cost a step its update; 0: off", least=0)
     check_replicas_every: int = setting(0, "steps between two comparisons of all processes' weights; 0: none", least=0)
-
-    @property
-    def resumes(self) -> bool:
-        return self.resume not in ("", "0")
 
     @property
     def softening(self) -> tuple[float, float]:
@@ -4018,7 +4014,7 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
               Schedules: shapes or rates, Untying: cfg.untie_at_fraction, Commitment: cfg.ternary_commit_lambda,
               LossScaling: half, Clipping: cfg.grad_clip_norm, SpikeGuard: cfg.spike_guard, Averaging: cfg.ema,
               Churn: cfg.churn_log_every, Watching: step.world.watch, Replicas: cfg.check_replicas_every,
-              Checkpoints: cfg.checkpoint_every != "0" or cfg.resumes or cfg.export_on_stop,
+              Checkpoints: cfg.checkpoint_every != "0" or cfg.resume not in ("", "0") or cfg.export_on_stop,
               BigramStart: cfg.embed_init == "bigram"}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
@@ -4456,7 +4452,7 @@ class Checkpoints(Hook):
         self.restarts, self.lost_steps, self.beating = 0, 0, threading.Event()
         self.lineage = cfg.run_id  # of the run that began it
         self.same = cfg.model_settings() | data_identity(cfg)
-        if cfg.resumes:
+        if cfg.resume not in ("", "0"):
             self.resume()
         self.saved_s, self.saved_step = loop.clock.elapsed(), loop.step
         if self.step.world.is_main and self.on:
@@ -5790,9 +5786,8 @@ def run_until_stopped(arguments: list[str]) -> int:
             print(f"\ntrain_gpt.py: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         os._exit(exit_code(number))  # Python itself would end only when its threads have computed all they have queued
     if World.watch:  # torch 2.13's end aborts now and then where gloo was used, and the exit code is lost
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, AttributeError):
-                stream.flush()
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
         os._exit(code)
     return code
 

@@ -100,7 +100,7 @@ def other_data(folder, change):
 
 DIFFERENCES = {
     "rate": ({"matrix_lr": 0.05}, "MATRIX_LR=0.05 on rank 1, but 0.04 on rank 0"),
-    "option": ({"resume": "1"}, "RESUME=1 on rank 1, but 0 on rank 0"),
+    "option": ({"resume": "1"}, "RESUME=1 on rank 1, but  on rank 0"),
     "torch": ({}, "torch=9.9 on rank 1, but 2.* on rank 0"),
     "code": ({}, "code=[0-9a-f]{64} on rank 1, but [0-9a-f]{64} on rank 0"),
     "train": (lambda d: (d / "fineweb_train_000001.bin").unlink(), "data=1 shards, .* on rank 1, but 2 shards, .* on rank 0"),

@@ -94,7 +94,7 @@ def subject_of(name, run, given, options):
     if not artifact:
         artifact, why_not = find_artifact(run)
     tokenizer, digest = options.tokenizer, run.result.get("tokenizer_sha256")
-    if tokenizer and digest and sha256_file(tokenizer) != digest:
+    if artifact and tokenizer and digest and sha256_file(tokenizer) != digest:
         raise UserError(f"--tokenizer {tokenizer}: not the tokenizer of {run.log}: its SHA-256 is another")
     tokenizer = tokenizer or (find_tokenizer(run, artifact) if artifact else None)
     return Subject(name, run, curve, artifact, tokenizer, why_not)

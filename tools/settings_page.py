@@ -49,7 +49,7 @@ def page() -> str:
         default, allowed, meaning = train_gpt.describe(f)
         if f.metadata["group"]:
             parts.append(f"\n## {f.metadata['group']}\n\n{COLUMNS}")
-        default = f"`{default}`" if default else "(date and time)"
+        default = f"`{default}`" if default else "(date and time)" if f.name == "run_id" else "(empty)"
         parts.append(f"| `{f.name.upper()}` | {default} | {allowed} | {meaning} | {'yes' if f.metadata['model'] else ''} |\n")
     return "".join(parts)
 
