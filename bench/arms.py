@@ -500,6 +500,7 @@ class Batch(NamedTuple):
     code: Path  # the trainer
     config: type  # its Config
     web: bool = False  # score the artifact on the web text too
+    keep: bool = False  # the artifacts
     jobs: int = 0  # runs at once, of one thread each; 0: one with all threads
     gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; a run each
 
@@ -546,7 +547,7 @@ class Runner:
             return {"error": "ended well, but without a result line"}
 
     def run(self, arm: str, seed: int, settings: dict[str, str]) -> dict[str, Any]:
-        """One run: {"arm", "seed", "settings", "result" and in a web batch "web", or "error"}. The artifact goes."""
+        """One run: {"arm", "seed", "settings", "result" and in a web batch "web", or "error"}."""
         record, name = {"arm": arm, "seed": seed, "settings": settings}, f"{file_name(arm)}_seed{seed}"
         folder, names = data_folder(self.batch.data, settings, self.batch.config), setting_names(self.batch.config)
         artifact = self.batch.out.resolve() / f"{name}.ptz"
@@ -563,7 +564,8 @@ class Runner:
             web = self.execute(env | {"EVAL_ONLY": "1", "RUN_ID": f"{name}_web", "DATA_PATH": str(web_folder(folder))})
             return record | {"result": result} | ({"error": web["error"]} if "error" in web else {"web": web})
         finally:
-            artifact.unlink(missing_ok=True)
+            if not self.batch.keep:
+                artifact.unlink(missing_ok=True)
 
     def run_all(self, arms: dict[str, dict[str, str]], seeds: list[int]) -> list[dict[str, Any]]:
         """Every arm with every seed but what has finished before; returns the records of all, in the table's order."""
@@ -737,6 +739,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms, the first of them as the base")
     parser.add_argument("--full", action="store_true", help="systems: the presets at their own size, for a GPU")
     parser.add_argument("--sliding", action="store_true", help="recipe: score windows that overlap by half too")
+    parser.add_argument("--keep", action="store_true", help="keep every run's artifact: OUT/<arm>_seed<seed>.ptz")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     parser.add_argument("--data", default=f"{ROOT}/data/corpus/sp", metavar="PREFIX", help="default: data/corpus/sp")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: data/bench/<group>, recipe: and _<proxy>")
@@ -850,7 +853,7 @@ def run_batch(args: argparse.Namespace, out: Path, arms: dict[str, Arm]) -> bool
         if args.group == "recipe":
             web_folder(folder)
     jobs = args.jobs or (1 if args.group == "recipe" else 0)
-    batch = Batch(out, args.data, snapshot(out, args.code), config, args.group == "recipe", jobs, args.gpus)
+    batch = Batch(out, args.data, snapshot(out, args.code), config, args.group == "recipe", args.keep, jobs, args.gpus)
     return publish(out, Runner(batch).run_all(chosen, args.seeds), {name: arm.reason for name, arm in arms.items()})
 
 
