@@ -39,12 +39,11 @@ parse_options() {
 # keep_result FILE: pass stdin on line by line, except a last line that is the result: that goes into FILE.
 keep_result() {
   local line last='' clear=''
-  [[ ! -t 2 ]] || clear=$'\r\e[K' # the trainer may have drawn its progress line since it wrote this one
+  [[ ! -t 1 ]] || clear=$'\r\e[J' # the trainer may have drawn its bar since it wrote this line
   while IFS= read -r line || [[ -n $line ]]; do
     [[ -z $last ]] || printf '%s\n' "$last"
     last=''
-    printf '%s' "$clear" >&2
-    if [[ $line == 'result {'* ]]; then last=$line; else printf '%s\n' "$line"; fi
+    if [[ $line == 'result {'* ]]; then last=$line; else printf '%s%s\n' "$clear" "$line"; fi
   done
   printf '%s\n' "$last" >"$1"
 }

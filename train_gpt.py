@@ -14,7 +14,7 @@ The file reads in the order the data flows:
     9 Evaluation    10 Report    11 Hardware    12 Options    13 Main
 The default run meets 11 and 12 in three places: `Ops`, how a model is computed (plainly in 5, faster in 11), `Parts`,
 what it is made of, and `Hook`, what happens around a step (by default nothing); besides, 11 has the banks of matrices
-that the optimizer works on, and 12 the codecs of the artifact.
+that the optimizer works on, and 12 the codecs of the artifact and who follows a run (`View`).
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G
 weights that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte
@@ -36,6 +36,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -545,13 +546,31 @@ def exit_code(signal_number: int) -> int:
     """130 after Ctrl-C, 143 after SIGTERM; 0 after SIGUSR1, by which a queue warns of a time limit."""
     return 0 if signal_number == signal.SIGUSR1 else 128 + signal_number
 
+def nothing(share: float) -> None: ...
+
+class View(contextlib.ExitStack):
+    """Who follows a run beside its log: by default nobody. `Follower` (section 12) is a terminal's bar, and TRACK."""
+
+    name = ""  # of the run, where it is tracked
+
+    def phase(self, name: str, *training: Any) -> Callable[[float], None]:  # noqa: ARG002
+        """A part of the run begins. Returns what wants to know, now and then, which share of it is done; not of
+        training, whose `Loop` and `TrainingStep` are given."""
+        return nothing
+
+    def line(self, log: Log, text: str) -> AbstractContextManager:  # noqa: ARG002
+        """Within it a line of the log is printed."""
+        return contextlib.nullcontext()
+
+    def track(self, log: Log, step: int, figures: dict[str, float]) -> None: ...
+
 class Log:
     """Rank 0's record, LOG_DIR/RUN_ID.txt, and the console. A log that is there is kept under a numbered name; if
     another run is still writing it, this one gets the number. Training never ends because a line cannot be written."""
 
-    def __init__(self, cfg: Config, world: World) -> None:
+    def __init__(self, cfg: Config, world: World, view: View | None = None) -> None:
         self.path, self._file, self._console = Path(cfg.log_dir) / f"{cfg.run_id}.txt", None, world.is_main
-        self._terminal = world.is_main and sys.stderr.isatty()
+        self.view = view or View()
         if world.is_main:
             try:
                 self.path, self._file = new_log(self.path)
@@ -566,8 +585,9 @@ class Log:
             except OSError as error:  # the disk is full, a quota is reached
                 self._file = None
                 self.warn(f"{self.path} ends here ({error.strerror}); the run goes on")
-        if console and self._console:
-            self.progress("")
+        with self.view.line(self, line):
+            if not (console and self._console):
+                return
             try:
                 print(line, flush=True)
             except OSError as error:  # the reader has gone, as `head` does
@@ -577,14 +597,8 @@ class Log:
                 self.warn(f"standard output cannot be written ({error.strerror}); the run goes on, see {self.path}")
 
     def warn(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        with self.view.line(self, ""), contextlib.suppress(OSError):
             print(f"train_gpt.py: warning: {text}", file=sys.stderr, flush=True)
-
-    def progress(self, text: str) -> None:
-        """One line that is written over, on a terminal only."""
-        if self._terminal:
-            with contextlib.suppress(OSError):
-                print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 def new_log(path: Path) -> tuple[Path, BinaryIO]:
     """(path, file) of a log of its own, however many runs start at once; it is held as long as this process lives."""
@@ -1565,13 +1579,14 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     Returns the seconds that the temperature takes, which the loop leaves free at its end.
     """
     cfg, weights = model.cfg, [p.detach().clone() for p in model.parameters()]
-    runs = [shape for shape in cfg.step_shapes() for _ in range(cfg.warmup_steps)]
+    runs, done = [shape for shape in cfg.step_shapes() for _ in range(cfg.warmup_steps)], log.view.phase("warm-up")
     for i, (seq_len, tokens) in enumerate(runs):
         x = torch.randint(cfg.vocab_size, (tokens // seq_len // world.size, seq_len), device=world.device)
         for hook in take_step.hooks:
             hook.before_step(i % cfg.warmup_steps / max(1, cfg.warmup_steps - 1))  # from the first progress to the last
         take_step.take(x, x)
         log(f"warmup:{i + 1}/{len(runs)}")
+        done((i + 1) / len(runs))
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights, strict=True):
             p.copy_(w)
@@ -1601,7 +1616,7 @@ class Loop:
         """Report the losses that are on their way to the host until `most` are left."""
         while len(self.pending) > most:
             loss, shares = self.pending.pop(0)
-            self.report(loss.get(), self.clock.elapsed(), self.progress, shares.tolist)
+            self.report(loss.get(), self.clock.elapsed(), shares.tolist)
 
 def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, val: ValidationSet) -> dict[str, Any]:
     cfg = model.cfg
@@ -1617,6 +1632,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
     batches, clock = loop.batches, loop.clock
     for hook in hooks:
         hook.begin(loop)
+    log.view.phase("training", loop, take_step)
     with StopRequest() as request:
         for step in itertools.count(loop.step):
             # rank 0 decides for all, so that every process has the same learning rates and stops at the same step
@@ -1630,7 +1646,7 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 with clock.paused():
-                    scores = evaluate(model, val, cfg, world)
+                    scores = evaluate(model, val, cfg, world, done=log.view.phase("validation"))
                 log(validation_line(cfg, step, scores, clock.elapsed()))
             if batches.epoch > epoch:
                 epoch = batches.epoch
@@ -1782,7 +1798,7 @@ def model_symbols(model: GPT, cfg: Config) -> list[np.ndarray]:
             streams[piece.stream].append(symbols)
     return [np.concatenate(streams[name] or [np.empty(0, np.uint8)]) for name in STREAMS]
 
-def save_artifact(model: GPT, cfg: Config) -> bytes:
+def save_artifact(model: GPT, cfg: Config, done: Callable[[float], None] = nothing) -> bytes:
     """The trained model as bytes; the same weights give the same bytes (codecs with LZMA or zstd: with the same
     library).
 
@@ -1792,8 +1808,14 @@ def save_artifact(model: GPT, cfg: Config) -> bytes:
     model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     layout, symbols, chosen = Layout(model), model_symbols(model, cfg), cfg.artifact_codec
     names = [name for name, codec in CODECS.items() if (codec.auto if chosen == "auto" else name == chosen)]
+    packed: dict[str, list[bytes]] = {}
+
+    def pack(name: str) -> None:
+        packed[name] = CODECS[name].pack(symbols, layout)
+        done(len(packed) / (len(names) + 1))
+
     with ThreadPoolExecutor() as pool:  # LZMA and numpy release the interpreter
-        packed = dict(zip(names, pool.map(lambda name: CODECS[name].pack(symbols, layout), names), strict=True))
+        list(pool.map(pack, names))
     for name in sorted(names, key=lambda name: sum(map(len, packed[name]))):
         back = CODECS[name].unpack(packed[name], layout)
         if all(np.array_equal(a, b) for a, b in zip(symbols, back, strict=True)):
@@ -2050,15 +2072,18 @@ def score_windows(model: GPT, x: Tensor, y: Tensor, tail: int, temperature: Tens
     return model.ops.nats(model, model.hidden(x, tail=tail), y[:, -tail:], temperature.view(1))[0]
 
 @torch.no_grad()
-def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int = 0) -> tuple[float, float]:
+def evaluate(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int = 0,
+             done: Callable[[float], None] = nothing) -> tuple[float, float]:  # fmt: skip
     """(nats per token, bits per byte) of the validation split, every target scored once.
 
-    Without a stride: chunked, temperature 1. With one: sliding windows, the model's temperature.
+    Without a stride: chunked, temperature 1. With one: sliding windows, the model's temperature. `done` is told the
+    share of this process's windows that is scored; on a GPU, that is queued.
     """
-    return within_memory(cfg, lambda cfg: score_targets(model, val, cfg, world, stride))
+    return within_memory(cfg, lambda cfg: score_targets(model, val, cfg, world, stride, done))
 
 @torch.no_grad()
-def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int) -> tuple[float, float]:
+def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, stride: int,
+                  done: Callable[[float], None]) -> tuple[float, float]:  # fmt: skip
     """`evaluate`, MICRO_BATCH_TOKENS at a time."""
     chunked = not stride
     seq_len, stride = (cfg.train_seq_len, cfg.train_seq_len) if chunked else (cfg.score_window, stride)
@@ -2091,8 +2116,9 @@ def score_targets(model: GPT, val: ValidationSet, cfg: Config, world: World, str
         batches += [(*part, *how, size) for part in parts if size]
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     pool = threads_for(world.device, len(batches))
-    for part in (pool.map if pool else map)(nats_and_targets, batches):
+    for i, part in enumerate((pool.map if pool else map)(nats_and_targets, batches)):
         totals += part
+        done((i + 1) / len(batches))
     nats, targets = world.sum_(totals).tolist()
     assert targets == val.num_targets
     return nats / targets, nats / math.log(2) / val.num_bytes
@@ -2195,9 +2221,10 @@ class StepReport:
     def __init__(self, cfg: Config, log: Log) -> None:
         self._cfg, self._log, self._next_s = cfg, log, 0.0
         self.step, self.first_losses, self.saved = 0, [], ""  # saved: the last checkpoint, for a run that diverges
+        self.loss, self.logged = math.nan, 0  # the last one, and the step of the last line
 
-    def __call__(self, loss: float, elapsed_s: float, progress: float, shares: Callable = list) -> None:
-        self.step += 1
+    def __call__(self, loss: float, elapsed_s: float, shares: Callable = list) -> None:
+        self.step, self.loss = self.step + 1, loss
         if self.step <= 20:
             self.first_losses.append(loss)
         cfg, step, ms = self._cfg, self.step, 1000 * elapsed_s
@@ -2206,11 +2233,9 @@ class StepReport:
             rates = f"MATRIX_LR={cfg.matrix_lr}, SCALAR_LR={cfg.scalar_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}"
             where = f"at step {step}" + f" on rank {bad}" * (len(shares()) > 1)
             raise UserError(f"training diverged: loss or gradient {loss} {where}; try a lower {rates}{self.saved}")
-        figures = f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms"
         if step <= 5 or (step % cfg.train_log_every == 0 if cfg.train_log_every else elapsed_s >= self._next_s):
-            self._log(figures)
-            self._next_s = elapsed_s + 5
-        self._log.progress(f"{figures} {100 * progress:.0f}% eta:{elapsed_s * (1 / max(progress, 1e-9) - 1):.0f}s")
+            self._log(f"step:{step}/{cfg.iterations} loss:{loss:.4f} t:{ms:.0f}ms avg:{ms / step:.1f}ms")
+            self._next_s, self.logged = elapsed_s + 5, step
 
 def validation_line(cfg: Config, step: int, scores: tuple[float, float], elapsed_s: float) -> str:
     scored = f"val_loss:{scores[0]:.4f} val_bpb:{scores[1]:.4f}"
@@ -2221,12 +2246,12 @@ def score_artifact(model: GPT, val: ValidationSet, cfg: Config, world: World, lo
     result: dict[str, Any] = {"val_tokens": val.num_targets, "val_bytes": val.num_bytes, "stride": cfg.score_stride,
                               "decoded_bytes": val.decoded_bytes, "tokenizer_sha256": val.tokenizer_sha256}
     clock = Clock(world)
-    loss, bpb = evaluate(model, val, cfg, world)
+    loss, bpb = evaluate(model, val, cfg, world, done=log.view.phase("chunked score"))
     log(f"final_ternary_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * clock.finish():.0f}ms")
     result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "sliding_val_loss": None, "sliding_val_bpb": None}
     if cfg.sliding_eval:
         sliding = Clock(world)
-        loss, bpb = evaluate(model, val, cfg, world, cfg.score_stride)
+        loss, bpb = evaluate(model, val, cfg, world, cfg.score_stride, log.view.phase("sliding score"))
         log(f"final_sliding val_loss:{loss:.4f} val_bpb:{bpb:.4f} (stride={cfg.score_stride}, "
             f"T={model.temperature.item():.2f}) eval_time:{1000 * sliding.finish():.0f}ms")
         result |= {"sliding_val_loss": loss, "sliding_val_bpb": bpb}
@@ -2402,7 +2427,9 @@ class SelfCheck:
     def operations(self, ops: Ops, calls: list[tuple[str, list]]) -> Ops:
         """Compares every call of an operation that is not the plain one; `calls` is used up, for the memory's sake.
         Where FlashAttention-3 fails, PyTorch's attention is compared in its place."""
+        done, total = self.log.view.phase("self-check"), len(calls) + 3  # and the graphs, which take longest
         while calls:
+            done(1 - (len(calls) + 3) / total)
             field, arguments = calls.pop()
             name = next(name for name, fields in KERNELS.items() if field in fields)
             if flash := field == "attend" and ops.attend.__name__ == "flash":
@@ -3826,6 +3853,8 @@ class OptionSettings(Settings):
     spike_guard: float = setting(0.0, "deviations above the mean loss that cost a step its update; 0: off", least=0)
     check_replicas_every: int = setting(0, "steps between two comparisons of all processes' weights; 0: none", least=0)
 
+    track: str = setting("", "programs that follow the run: tensorboard,wandb,trackio or some", group="Tracking")
+
     @property
     def softening(self) -> tuple[float, float]:
         """TERNARY_PHASE: progress up to which weights are used unrounded, and from which they are ternary alone."""
@@ -3897,6 +3926,7 @@ qkv_16 = lambda c: (c.num_kv_heads if c.qkv_split else c.num_heads + 2 * c.num_k
 RULES += [
     ("checkpoint_every", lambda c: re.fullmatch(r"\d{1,9}|\d{1,9}(\.\d+)?s", c.checkpoint_every),
      "steps, or seconds as 600s"),
+    ("track", lambda c: not c.track or {*c.track.split(",")} <= {*TRACKERS}, "some of tensorboard,wandb,trackio"),
     ("ternary_phase", lambda c: re.fullmatch(r"0|(\d?\.\d+|0),(\d?\.\d+|1)", c.ternary_phase) and
      (c.ternary_phase == "0" or 0 <= c.softening[0] < c.softening[1] <= 1), "0, or start,end as .2,.3"),
     ("ternary_phase", lambda c: c.ternary_phase == "0" or quantized(c) and c.act_quant != "fp8",
@@ -4015,7 +4045,7 @@ def choose_hooks(step: TrainingStep) -> list[Hook]:
               LossScaling: half, Clipping: cfg.grad_clip_norm, SpikeGuard: cfg.spike_guard, Averaging: cfg.ema,
               Churn: cfg.churn_log_every, Watching: step.world.watch, Replicas: cfg.check_replicas_every,
               Checkpoints: cfg.checkpoint_every != "0" or cfg.resume not in ("", "0") or cfg.export_on_stop,
-              BigramStart: cfg.embed_init == "bigram"}  # fmt: skip
+              BigramStart: cfg.embed_init == "bigram", Tracking: cfg.track}  # fmt: skip
     return [hook(step) for hook, asked in wanted.items() if asked]
 
 def shaped_rate(cfg: Config, step: int, progress: float, left: float) -> float:
@@ -4786,6 +4816,253 @@ class Replicas(Hook):
             found = f"{owners[which][0]} of rank {rank} differs from rank 0's at step {step + 1}"
             raise UserError(f"CHECK_REPLICAS_EVERY={self.step.cfg.check_replicas_every}: {found}; see docs/faults.md")
         return ""
+
+# Who follows a run, on rank 0: a person at a terminal, by a bar on stderr, and the programs of TRACK.
+
+# FLOP/s of dense products in 16 bits, as the cards' maker states them
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+def flops_a_token(model: GPT) -> float:
+    """Forward and backward: 6 a weight, and 12 a channel of a query and a key, half of which causality leaves. 0 where
+    layers repeat or differ, or other heads train."""
+    cfg, known = model.cfg, model.parts.order is u_net and model.parts.loss is training_loss
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
+    attention = cfg.num_layers * cfg.head_dim * cfg.num_heads * cfg.train_seq_len
+    return 6.0 * (weights + attention) if known and not (cfg.attention_window or cfg.attention_free_layers) else 0.0
+
+class Phase:
+    """A part of the run: which share of it is done, and how that looks on a line."""
+
+    def __init__(self, name: str, peak: float, loop: Loop | None = None, step: TrainingStep | None = None) -> None:
+        self.name, self.loop, self.step, self.share, self.loss, self.seen = name, loop, step, 0.0, 0.0, 0
+        self.first = 0.0, time.perf_counter()
+        if loop:
+            self.start = loop.batches.state()["position"], loop.clock.elapsed()
+            self.of_peak = flops_a_token(step.model) / peak if peak else 0.0  # a token a second
+
+    def done(self, share: float) -> None:
+        self.share = share
+
+    def training(self, val_bpb: str) -> list[str]:
+        loop, (tokens, seconds) = self.loop, self.start
+        if loop.progress and not self.share:  # a run may go on where an earlier one was
+            self.first = loop.progress, time.perf_counter()
+        self.share = loop.progress
+        if not math.isfinite(loop.report.loss):
+            return []
+        self.seen += 1
+        self.loss += (loop.report.loss - self.loss) / min(self.seen, 50)  # of the last ten seconds
+        rate = (loop.batches.state()["position"] - tokens) / max(1e-9, loop.clock.elapsed() - seconds)
+        said = [f"loss {self.loss:.3f}", f"{rate / 1e6:.2f}M tok/s" if rate >= 1e6 else f"{rate / 1e3:.1f}k tok/s"]
+        said += [f"{self.of_peak * rate:.0%} of peak"] * bool(self.of_peak)
+        return [*said, *[f"val {val_bpb}"] * bool(val_bpb), f"lr {self.step.optimizers[0].group['lr']:.2g}"]
+
+    def text(self, columns: int, val_bpb: str, meter: Callable | None) -> str:
+        """At most `columns` wide; of the figures, the most telling first, as many as fit beside a bar of 6."""
+        said, (share, since) = self.training(val_bpb) if self.loop else [], self.first
+        clock = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        spent, ahead = time.perf_counter() - since, self.share > share
+        left = spent * (1 - min(1, self.share)) / (self.share - share) if ahead else 0
+        said.insert(0, f"{clock(left)} left" if ahead else clock(spent))
+        while len(said) > 1 and len(self.name) + len(", ".join(said)) + 15 > columns:
+            said.pop()
+        if not (self.share and meter):
+            return f"{self.name}{f' {self.share:.0%}' if self.share else ''} {', '.join(said)}"[:columns]
+        narrow = not (sys.stderr.encoding or "").lower().startswith("utf")
+        return meter(min(self.share, 1.0), 1, 0, ncols=columns, prefix=self.name, ascii=narrow, said=", ".join(said),
+                     bar_format="{desc} {percentage:3.0f}%|{bar}| {said}")  # fmt: skip
+
+class Follower(View):
+    """The bar is drawn by a thread of its own. The cursor rests at its beginning, from where all below is erased: also
+    what a terminal that was narrowed made of it. What a program of TRACK raises ends that program alone."""
+
+    def __init__(self, cfg: Config, shows: bool, trackers: dict[str, Callable], peak_flops: float) -> None:
+        super().__init__()
+        self.cfg, self.shows, self.starts, self.peak = cfg, shows, trackers, peak_flops
+        self.name, self.sends, self.step = f"{cfg.run_id}_{os.urandom(4).hex()}", {}, 0
+        self.lock, self.ended, self.val_bpb, self.meter = threading.RLock(), threading.Event(), "", None
+        self.interrupted, self.now = None, Phase("setting up", 0)
+        self.callback(self.end)
+        if shows:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self.meter = tqdm.format_meter
+            threading.Thread(target=self.draw, daemon=True).start()
+
+    @classmethod
+    def from_env(cls, cfg: Config, world: World, env: Any = os.environ) -> View:
+        """UserError where a program of TRACK is not installed."""
+        if not world.is_main:
+            return View()
+        trackers = {}
+        for name in filter(None, cfg.track.split(",")):
+            try:
+                trackers[name] = TRACKERS[name](Path(cfg.log_dir).resolve(), env)
+            except ImportError as error:
+                wanted = f"expected the package {name} (pip install {name}): {error}"
+                raise UserError(f"TRACK={cfg.track!r}: {wanted}") from None
+        shows = env.get("TERM", "dumb") != "dumb" and env.get("CI", "") in ("", "0", "false") and sys.stderr.isatty()
+        peak = world.size * next((peak for card, peak in PEAK_FLOPS.items() if card in gpu_name(world)), 0)
+        return cls(cfg, shows, trackers, peak) if shows or trackers else View()
+
+    def columns(self) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return 80
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def draw(self) -> None:
+        while not self.ended.wait(0.2):
+            with self.lock:
+                if self.interrupted and self.now.share >= 1:  # a validation has ended
+                    self.now, self.interrupted = self.interrupted, None
+                if not self.ended.is_set():
+                    self.write(f"\r{self.now.text(self.columns() - 1, self.val_bpb, self.meter)}\x1b[J\r")
+
+    def phase(self, name: str, *training: Any) -> Callable[[float], None]:
+        self.interrupted, self.now = self.now if self.now.loop else None, Phase(name, self.peak, *training)
+        return self.now.done
+
+    @contextlib.contextmanager
+    def line(self, log: Log, text: str) -> Iterator[None]:
+        with self.lock:
+            if self.shows:  # the spaces are for notebooks, which know no more
+                self.write("\r" + " " * (self.columns() - 1) + "\r\x1b[J")
+            yield
+        if found := re.match(r"step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", text):
+            self.val_bpb = found[3]
+            self.track(log, int(found[1]), {"val/loss": float(found[2]), "val/bpb": float(found[3])})
+        elif text.startswith("result {"):
+            numbers = {key: x for key, x in json.loads(text[7:]).items() if isinstance(x, (int, float))}
+            self.track(log, self.step, {f"result/{key}": float(x) for key, x in numbers.items()})
+
+    def track(self, log: Log, step: int, figures: dict[str, float]) -> None:
+        self.step = step
+        for name in list(self.starts):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # the console is the log's
+                    if name not in self.sends:
+                        self.sends[name] = self.starts[name](self.name, dataclasses.asdict(self.cfg))
+                    if figures:
+                        self.sends[name][0](step, figures)
+            except Exception as error:  # whatever a library raises
+                del self.starts[name]
+                self.sends.pop(name, None)
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
+                log(f"warning: TRACK={name}: {reason}; it is off from here on, the run goes on")
+
+    def end(self) -> None:
+        with self.line(self, ""):
+            self.ended.set()
+        for _, close in self.sends.values():
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+                close()
+
+# By TRACK: imports the library; then (name, settings) begin a run, or go on with it; then (step, figures) go to the
+# first of two functions, and the second ends it.
+
+def tensorboard(folder: Path, env: Any) -> Callable:  # noqa: ARG001
+    from torch.utils.tensorboard import SummaryWriter
+
+    def start(name: str, settings: dict[str, Any]) -> tuple[Callable, Callable]:
+        writer = SummaryWriter(str(folder / "tensorboard" / name))
+        writer.add_text("config", json.dumps(settings))
+        return lambda step, figures: [writer.add_scalar(*figure, step) for figure in figures.items()], writer.close
+
+    return start
+
+def weights_and_biases(folder: Path, env: Any) -> Callable:
+    import wandb
+
+    def start(name: str, settings: dict[str, Any]) -> tuple[Callable, Callable]:
+        opened = wandb.init(project=env.get("WANDB_PROJECT", "train_gpt"), name=name, id=name, resume="allow",
+                            mode=env.get("WANDB_MODE", "offline"), dir=str(folder), config=settings,
+                            settings=wandb.Settings(silent=True, console="off"))  # fmt: skip
+        return lambda step, figures: opened.log(figures, step=step), wandb.finish
+
+    return start
+
+def trackio_runs(folder: Path, env: Any) -> Callable:
+    env.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when it is imported
+    import trackio
+
+    def start(name: str, settings: dict[str, Any]) -> tuple[Callable, Callable]:
+        trackio.init(project="train_gpt", name=name, config=settings, resume="allow", embed=False,
+                     auto_log_cpu=False, auto_log_gpu=False)  # fmt: skip
+        return lambda step, figures: trackio.log(figures, step=step), trackio.finish
+
+    return start
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": weights_and_biases, "trackio": trackio_runs}
+
+class Tracking(Hook):
+    """TRACK: at steps that log, what goes on in each matrix. Norms are of the gradients that the optimizers read and
+    of latent weights, over all processes; on a GPU, whose losses are read late, of the step after the loss's."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        super().__init__(step)
+        self.names, self.earlier, self.codes = {m: name for name, m in step.model.named_modules()}, "", {}
+        banked = {module for bank in step.grads.banks for module in bank.modules}
+        self.others = {name: p for name, module, p, _ in parameter_owners(step.model) if module not in banked}
+        rates = dict.fromkeys(["matrix_lr", *(role.rate for *_, role in parameter_owners(step.model))])
+        self.rates = {f"lr/{rate}": opt for rate, opt in zip(rates, step.optimizers, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        return {"name": self.loop.log.view.name}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.earlier = str(state.get("name", ""))
+
+    def begin(self, loop: Loop) -> None:
+        self.loop, self.sent = loop, loop.step
+        loop.log.view.name = self.earlier or loop.log.view.name
+        with loop.clock.paused():
+            self.matrices()
+            loop.log.view.track(loop.log, loop.step, {})  # they start
+        self.since = loop.batches.state()["position"], loop.clock.elapsed()
+
+    @torch.no_grad()
+    def after_step(self, step: int, progress: float) -> str:  # noqa: ARG002
+        loop, world = self.loop, self.step.world
+        logged = int(world.agree(loop.report.logged))  # rank 0's clock decides
+        if logged <= self.sent:
+            return ""
+        self.sent, found = logged, self.norms() | self.matrices()
+        now, before = (loop.batches.state()["position"], loop.clock.elapsed()), self.since
+        figures = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))  # one wait for all of them
+        figures |= {rate: opt.group["lr"] for rate, opt in self.rates.items()}
+        figures |= {"loss": loop.report.loss, "train_time_s": now[1], "memory_bytes": peak_memory_bytes(world.device),
+                    "tokens_per_s": (now[0] - before[0]) / (now[1] - before[1])}  # fmt: skip
+        self.since = now
+        loop.log.view.track(loop.log, logged, figures)
+        return ""
+
+    def norms(self) -> dict[str, Tensor]:
+        """Of the matrices, each from the process that owns it, of the other parameters, and of all together."""
+        found = {}
+        for kind, of in (("gradient_norm", operator.attrgetter("grad")), ("weight_norm", torch.detach)):
+            own = {f"{kind}/{name}": of(p).norm() for name, p in self.others.items()}
+            for bank in self.step.grads.banks:
+                norms = self.step.world.gather(of(bank.shard).flatten(1).norm(dim=1))
+                own |= {f"{kind}/{self.names[m]}": norm for m, norm in zip(bank.modules, norms, strict=False)}
+            found |= own | {kind: torch.stack([*own.values()]).norm()}
+        return found
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Of the ternary ones: zeros, mean scale of the other codes, and codes that changed since the last time."""
+        found = {}
+        for module, name in self.names.items():
+            if isinstance(module, TernaryLinear):
+                w = module.stored(torch.float32)
+                before, self.codes[module] = self.codes.get(module), w.sign().to(torch.int8)
+                changed = (self.codes[module] != before).float().mean() if before is not None else w.new_zeros(())
+                found |= {f"zero_frac/{name}": (w == 0).float().mean(), f"churn/{name}": changed,
+                          f"scale/{name}": w.abs().sum() / w.count_nonzero().clamp_min(1)}  # fmt: skip
+        return found
 
 # Optimizers of matrices, by MATRIX_OPTIMIZER.
 
@@ -5668,12 +5945,12 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
         raise UserError(f"{too_much}; expected fewer ({str(error).splitlines()[0]})") from None
     clock, blob, path = Clock(world), b"", cfg.artifact_path
     if world.is_main:  # first of all: whatever a score runs into, the model is saved
-        blob = save_artifact(model, cfg)
+        blob = save_artifact(model, cfg, log.view.phase("export"))
         path = save_bytes(blob, cfg, log)
     blob = world.share_bytes(blob)
     run["export_time_s"] = clock.finish()
     with rounded_once(model):
-        scores = evaluate(model, val, cfg, world)
+        scores = evaluate(model, val, cfg, world, done=log.view.phase("score"))
     run |= {"val_loss": scores[0], "val_bpb": scores[1], "zero_frac": zero_fraction(model)}
     log(f"{validation_line(cfg, run['steps'], scores, run['train_time_s'])} zero_frac:{run['zero_frac']:.3f}")
     return blob, run | log_artifact(blob, path, model, log)
@@ -5718,29 +5995,31 @@ def main() -> int:
             batch_layout(cfg, world.size, shape)  # every process gets its share, or the run ends here
     if world.watch:
         world.watch.compare(cfg, blob)
-    val = ValidationSet.load(cfg, world)
-    if not cfg.eval_only:
-        check_writable(cfg.artifact_path)
-    log = Log(cfg, world)
-    log_start(cfg, world, log, said, val.notes)
-    since.append(since_launch_s())
-    ops, cfg, kernels, attention = checked_ops(cfg, world, log)
-    since.append(since_launch_s())
-    parts = zip(("imports", "data", "self_check"), itertools.pairwise(since), strict=True)
-    log("setup " + " ".join(f"{part}:{1000 * (end - start):.0f}ms" for part, (start, end) in parts))
-    result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)} | kernels
-    with attention:
+    with Follower.from_env(cfg, world) as view:
+        val = ValidationSet.load(cfg, world)
         if not cfg.eval_only:
-            blob, run = train_and_export(cfg, world, ops, log, val)
-            result |= run
-        result["artifact_sha256"] = hashlib.sha256(blob).hexdigest()
-        model, _ = load_artifact(blob, cfg.precision, cfg.compile_mode)  # from here on, only what the bytes hold
-        with rounded_once(model.to(world.device).use(ops)):
-            result |= score_artifact(model, val, cfg, world, log)
-    result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
-               "peak_memory_bytes": peak_memory_bytes(world.device), "torch_version": torch.__version__,
-               "git_commit": git_commit()}  # fmt: skip
-    log("result " + json.dumps(result))
+            check_writable(cfg.artifact_path)
+        log = Log(cfg, world, view)
+        log_start(cfg, world, log, said, val.notes)
+        since.append(since_launch_s())
+        ops, cfg, kernels, attention = checked_ops(cfg, world, log)
+        since.append(since_launch_s())
+        parts = zip(("imports", "data", "self_check"), itertools.pairwise(since), strict=True)
+        log("setup " + " ".join(f"{part}:{1000 * (end - start):.0f}ms" for part, (start, end) in parts))
+        result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)} | kernels
+        with attention:
+            if not cfg.eval_only:
+                blob, run = train_and_export(cfg, world, ops, log, val)
+                result |= run
+            view.phase("reading back")
+            result["artifact_sha256"] = hashlib.sha256(blob).hexdigest()
+            model, _ = load_artifact(blob, cfg.precision, cfg.compile_mode)  # from here on, only what the bytes hold
+            with rounded_once(model.to(world.device).use(ops)):
+                result |= score_artifact(model, val, cfg, world, log)
+        result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
+                   "peak_memory_bytes": peak_memory_bytes(world.device), "torch_version": torch.__version__,
+                   "git_commit": git_commit()}  # fmt: skip
+        log("result " + json.dumps(result))
     world.close()
     if stopped_by := result.get("stopped_by"):
         return exit_code(signal.Signals[stopped_by])

@@ -194,6 +194,7 @@ BROKEN = [
     ({"yarn_max_len": 16}, "YARN_MAX_LEN=16: expected at least TRAIN_SEQ_LEN=32"),
     ({"kernels": "qkv"}, "KERNELS='qkv': expected auto, off or some of matmul,norm,qk,attention,mlp,loss,score"),
     ({"checkpoint_every": "10m"}, "CHECKPOINT_EVERY='10m': expected steps, or seconds as 600s"),
+    ({"track": "wandb,mlflow"}, "TRACK='wandb,mlflow': expected some of tensorboard,wandb,trackio"),
     ({"ternary_phase": ".4,.2"}, "TERNARY_PHASE='.4,.2': expected 0, or start,end as .2,.3"),
     ({"ternary_phase": ".2,.4", "weight_quant": "none"}, "TERNARY_PHASE='.2,.4': expected 0 with WEIGHT_QUANT=none or ACT_QUANT=fp8"),
     ({"embed_init": "bigram", "tie_embeddings": 0}, "EMBED_INIT='bigram': expected random without a factored, tied table of its own"),

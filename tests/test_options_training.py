@@ -554,7 +554,7 @@ def test_a_run_too_coarse_for_the_switch_is_stored_untied_all_the_same(data_dir,
     assert model.output.untied and model.output.head.weight.any()
 
 
-def test_the_warm_up_takes_steps_with_both_outputs_and_restores_the_weights():
+def test_the_warm_up_takes_steps_with_both_outputs_and_restores_the_weights(tmp_path):
     """On a GPU it compiles what it runs: neither graph may be left to the clock, whatever the shapes of the schedule."""
     cfg = tiny_config(untie_at_fraction=0.9, warmup_steps=3, seq_len_start=16, seq_schedule_fraction=0.5, temp_scaling=0)
     model, seen = fresh_model(cfg), set()
@@ -563,7 +563,7 @@ def test_the_warm_up_takes_steps_with_both_outputs_and_restores_the_weights():
         take_step = TrainingStep(model, cfg, World())
         loss_function = take_step.loss_function
         take_step.loss_function = lambda m, x, *rest: (seen.add((x.size(1), m.output.untied)), loss_function(m, x, *rest))[1]
-        warm_up(model, World(), lambda _: None, take_step)
+        warm_up(model, World(), Log(dataclasses.replace(cfg, log_dir=str(tmp_path)), World()), take_step)
     assert seen == {(32, False), (32, True), (16, False), (16, True)}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -88,7 +88,7 @@ def simulate(monkeypatch):
         take = SimpleNamespace(hooks=hooks, optimizers=[], take=lambda *_: (machine.run_step(), device == "cpu" and machine.wait()),
                                share_latent=nothing, grads=SimpleNamespace(loss=None, losses=torch.ones(1)))  # fmt: skip
         log = lambda line, **_: lines.append(line)
-        log.progress = nothing
+        log.view = train_gpt.View()
         with monkeypatch.context() as m:
             m.setattr(train_gpt.time, "perf_counter", lambda: machine.now)
             m.setattr(torch.cuda, "synchronize", machine.wait)

@@ -314,6 +314,7 @@ NETWORK = {
     "text as code": "exec('import socket')",
     "importlib": "import importlib",
     "__import__": "__import__('socket')",
+    "a tracker for every run": "import wandb",
     "a library": "import ctypes\nctypes.CDLL('libcurl.so')",
 }
 TEST_TIME_TRAINING = {

@@ -235,7 +235,8 @@ def check_hardware(run):
 # -------------------------------------------------------------------------------------------------- the program
 
 # What a single-file trainer may import: these packages, and the standard library without its network and dynamic imports.
-PACKAGES = {"torch", "numpy", "sentencepiece", "triton", "flash_attn", "flash_attn_interface", "zstandard"}
+PACKAGES = {"torch", "numpy", "sentencepiece", "triton", "flash_attn", "flash_attn_interface", "zstandard", "tqdm"}
+TRACKERS = {"wandb", "trackio"}  # may send what they are told over the network; imported within functions, for TRACK alone
 NETWORK_MODULES = set("""asyncio asyncore asynchat ftplib http imaplib nntplib poplib smtpd smtplib socket socketserver ssl
     telnetlib urllib webbrowser wsgiref xmlrpc""".split())
 IMPORT_MODULES = set("builtins code codeop imp importlib pkgutil runpy zipimport pickle marshal shelve".split())
@@ -288,10 +289,10 @@ def dotted(node, names):
     return ""
 
 
-def imported_modules(tree):
-    """Top-level names of all imported modules; a relative import is "."."""
-    tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    return tops | {"." if n.level else n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+def imported_modules(nodes):
+    """Top-level names of all modules that these nodes import; a relative import is "."."""
+    tops = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return tops | {"." if n.level else n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
 
 
 def command_of(call, scope):
@@ -352,15 +353,20 @@ def check_program(run, rule, inspect):
 
 
 def check_network(run):
-    return check_program(run, "no network", inspect_network)
+    finding, track = check_program(run, "no network", inspect_network), run.config.get("track")
+    if track:
+        finding = replace(finding, ok=False, evidence=f"{finding.evidence}; config track {track}, expected none in a record run")
+    return finding
 
 
 @functools.lru_cache(maxsize=64)
 def inspect_network(code):
     """Imports, programs started and dynamic code; joining the run's own processes (torch.distributed) is no download."""
     tree = parse_program(code)
-    names, modules = aliases(tree), imported_modules(tree)
-    wrong = sorted(modules - PACKAGES - (sys.stdlib_module_names - NETWORK_MODULES - IMPORT_MODULES))
+    names, modules = aliases(tree), imported_modules([*ast.walk(tree)])
+    within = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    trackers = TRACKERS - imported_modules({*ast.walk(tree)} - within)
+    wrong = sorted(modules - PACKAGES - trackers - (sys.stdlib_module_names - NETWORK_MODULES - IMPORT_MODULES))
     wrong = [f"imports {module}" for module in wrong]
     commands, bad_commands = started_programs(tree, names)
     wrong += bad_commands + forbidden_names(tree, names)

@@ -211,7 +211,7 @@ def readable_source(path, code):
 
 def requirements_of(code):
     """requirements.txt without what only the demo and the tools need: the pins of packages that the program imports."""
-    imported = compliance.imported_modules(compliance.parse_program(code))
+    imported = compliance.imported_modules([*ast.walk(compliance.parse_program(code))])
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if (name := re.match(r"[A-Za-z0-9_-]+", line)) and name[0].replace("-", "_") in imported]
     return "".join(f"{line}\n" for line in pins).encode()
