@@ -15,7 +15,7 @@ LINES, TREE = SOURCE.splitlines(), ast.parse(SOURCE)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 SECTIONS = [(i, *m.groups()) for i, line in enumerate(LINES, 1) if (m := re.match(r"# ---- (\d+) (.+?) -+$", line))]  # (line, number, title)
 
-MOST_LINES = {"default": 2380, "kernels": 1500, "option": 1920, "all": 5800}
+MOST_LINES = {"default": 2410, "kernels": 1500, "option": 2170, "all": 6080}
 
 
 def kind(line: int) -> str:
@@ -54,7 +54,7 @@ def test_the_default_path_uses_few_names_of_the_rest_and_no_setting_of_an_option
     assert {"mlp_hidden", "ema"} <= optional and home["Bank"] == "kernels" and home["choose_parts"] == "option"
     default = [x for node in TREE.body if kind(node.lineno) == "default" for x in ast.walk(node)]
     used = collections.Counter(x.id for x in default if isinstance(x, ast.Name) and home.get(x.id, "default") != "default")
-    assert len(used) <= 14 and sum(used.values()) <= 22, used
+    assert len(used) <= 15 and sum(used.values()) <= 23, used
     assert not {x.attr for x in default if isinstance(x, ast.Attribute)} & optional
 
 
@@ -98,6 +98,9 @@ def test_the_environment_is_read_in_few_places_only():
 
 
 def test_runtime_needs_torch_numpy_sentencepiece_and_the_standard_library():
+    """The others where they are found, or asked for."""
     tops = {a.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names}
     tops |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
-    assert tops - set(sys.stdlib_module_names) == {"torch", "numpy", "sentencepiece", "flash_attn_interface", "triton", "zstandard"}
+    assert tops - set(sys.stdlib_module_names) == {
+        "torch", "numpy", "sentencepiece", "flash_attn_interface", "triton", "zstandard", "tqdm", "wandb", "trackio",
+    }  # fmt: skip
