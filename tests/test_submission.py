@@ -658,7 +658,7 @@ def test_the_folders_requirements_are_those_of_the_program_alone(folder, code):
     assert assemble(folder, write_runs(folder, code)) == 0
     lines = next(folder.glob("records/*/*/requirements.txt")).read_text().splitlines()
     pinned = (ROOT / "requirements.txt").read_text().splitlines()
-    assert set(lines) <= set(pinned) and {re.match("[a-z]+", line)[0] for line in lines} == {"torch", "numpy", "sentencepiece"}
+    assert set(lines) <= set(pinned) and {re.match("[a-z]+", line)[0] for line in lines} == {"torch", "numpy", "sentencepiece", "tqdm"}
 
 
 def test_readable_code_that_ran_stands_alone(folder):
