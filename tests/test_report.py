@@ -445,6 +445,7 @@ def browser():
         started.close()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 360)], ids=["light", "dark", "narrow"])
 def test_a_browser_shows_it_all_without_a_complaint(browser, tiny_page, tmp_path, scheme, width):
     """Text and pictures are there, values come on hover and by keys, axes change, nothing else is loaded, nothing runs over the side."""
@@ -479,6 +480,7 @@ def test_a_browser_shows_it_all_without_a_complaint(browser, tiny_page, tmp_path
     context.close()
 
 
+@pytest.mark.campaign
 def test_a_hostile_log_runs_nothing_in_a_browser(browser, tmp_path):
     code, _ = make(tmp_path, short_log(tmp_path / "log.txt", {"run_id": HOSTILE}, {"attention": HOSTILE}))
     page, said = browser.new_page(), []

@@ -539,13 +539,16 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    return run_command(lambda: save_plot(options), UserError, ImportError, name="plot_logs.py")
+    return run_command(lambda: save_plot(options), UserError, name="plot_logs.py")
 
 
 def save_plot(options):
     if not has_matplotlib():
         raise UserError("needs matplotlib, which is not installed: bash setup.sh --tests, or pip install matplotlib")
-    save(plot(options), options.out)
+    try:
+        save(plot(options), options.out)
+    except ImportError as error:  # it is there, and something that it needs is not
+        raise UserError(f"matplotlib does not work here: {error}; bash setup.sh --tests, or pip install matplotlib") from None
 
 
 if __name__ == "__main__":
