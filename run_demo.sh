@@ -103,7 +103,7 @@ write_sentences() {
 # fails alone. What only scored an artifact has no curves.
 draw_picture() {
   local log
-  [[ ! ${EVAL_ONLY:-0} =~ ^(1|[Tt]rue)$ ]] || return 0
+  [[ ! ${EVAL_ONLY:-0} =~ ^(1|[Tt][Rr][Uu][Ee])$ ]] || return 0
   log=$("$python" -c 'import json, sys; print(json.loads(sys.stdin.read().partition(" ")[2]).get("log_path", ""))' <"$1")
   [[ -n $log ]] && "$python" -c 'import matplotlib' 2>/dev/null || return 0
   "$python" tools/plot_logs.py "$log" --value overview --out "${log%.txt}.png" || return 0

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint and tests on any machine: sets up what is missing, then ruff, then pytest. Under 5 minutes on 2 cores.
 #
-#   bash run_tests.sh                everything
+#   bash run_tests.sh                everything but the marked tests: it says how many these are, and how they are run
+#   bash run_tests.sh -m campaign    these: a browser, transformers, a notebook, namespaces, what takes long
 #   bash run_tests.sh -k packing     arguments go to pytest
 #   WORK_DIR=FOLDER bash run_tests.sh    .venv and caches there: for a checkout that cannot be written
 #
@@ -15,4 +16,4 @@ source "$(dirname -- "$(readlink -f -- "$0")")/tools/common.sh"
 cd "$ROOT"
 bash setup.sh --quiet --no-data --tests
 "$VENV_PYTHON" -m ruff check .
-exec "$VENV_PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" ${work:+-o "cache_dir=${work}.pytest_cache"} "$@"
+exec "$VENV_PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" -m "not campaign" ${work:+-o "cache_dir=${work}.pytest_cache"} "$@"

@@ -1803,8 +1803,10 @@ def save_artifact(model: GPT, cfg: Config, done: Callable[[float], None] = nothi
     library).
 
     `auto` keeps the codec with the fewest bytes among those whose bytes decode to the same symbols. UserError if a
-    weight is not finite.
+    weight is not finite; ValueError for a model from an artifact, whose groups would get other scales.
     """
+    if any(getattr(module, "frozen", False) for module in model.modules()):
+        raise ValueError("the model is an artifact's, whose bytes are there: expected one that was trained")
     model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     layout, symbols, chosen = Layout(model), model_symbols(model, cfg), cfg.artifact_codec
     names = [name for name, codec in CODECS.items() if (codec.auto if chosen == "auto" else name == chosen)]
@@ -1817,8 +1819,7 @@ def save_artifact(model: GPT, cfg: Config, done: Callable[[float], None] = nothi
     with ThreadPoolExecutor() as pool:  # LZMA and numpy release the interpreter
         list(pool.map(pack, names))
     for name in sorted(names, key=lambda name: sum(map(len, packed[name]))):
-        back = CODECS[name].unpack(packed[name], layout)
-        if all(np.array_equal(a, b) for a, b in zip(symbols, back, strict=True)):
+        if all(np.array_equal(*two) for two in zip(symbols, CODECS[name].unpack(packed[name], layout), strict=True)):
             break
     else:
         raise AssertionError(f"no codec of {names} gives the symbols back")
@@ -1873,8 +1874,7 @@ def load_artifact(blob: bytes, precision: str = "auto", compile_mode: str = "def
     with torch.device("meta"):  # shapes only: what the header claims is checked before anything is allocated
         layout = Layout(GPT(cfg))
     if 4 * layout.params > LARGEST_EXPANSION * len(blob):
-        claim = f"the artifact's header claims {layout.params} parameters"
-        raise ArtifactError(f"{claim}, more than {len(blob)} bytes can hold")
+        raise ArtifactError(f"the artifact's header claims {layout.params} parameters: {len(blob)} bytes hold fewer")
     symbols = CODECS[codec].unpack(streams, layout)
     model = GPT(cfg).use(fast_ops(cfg, torch.device("cpu")))
     fill_model(model, symbols)

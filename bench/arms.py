@@ -85,7 +85,7 @@ from arm_results import (  # noqa: E402
     spread_of_one,
     welch,
 )
-from run_logs import start  # noqa: E402
+from command_line import BadArguments, read_preset, start  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- sizes
 
@@ -347,10 +347,6 @@ GROUPS = {"systems": lambda: SYSTEMS, "switches": switch_arms, "band": band_arms
 # -------------------------------------------------------------------------------------------------- settings
 
 
-class BadArguments(ValueError):
-    """What the command line asks for cannot be run; the text names it."""
-
-
 class Plan(NamedTuple):
     """What all runs of a batch share: their size and, at most one of them, their steps, tokens or seconds."""
 
@@ -381,23 +377,6 @@ def pairs(text: str) -> dict[str, str]:
         if "=" not in word:
             raise BadArguments(f"{text!r}: expected KEY=VALUE, found {word!r}")
     return dict(word.split("=", 1) for word in text.split())
-
-
-def read_preset(path: Path) -> dict[str, str]:
-    """KEY -> value of a preset file (KEY=VALUE lines and comments); BadArguments for anything else."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise BadArguments(f"preset {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadArguments(f"preset {path}: not a text file: {error}") from None
-    settings: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith("#"):
-            if not (found := re.fullmatch(r"([A-Z][A-Z0-9_]*)=(\S*)", line)):  # as tools/common.sh has it
-                raise BadArguments(f"preset {path}, line {number}: {line!r} is neither KEY=VALUE nor a comment")
-            settings[found[1]] = found[2]
-    return settings
 
 
 def in_proportion(settings: dict[str, str], published_steps: int, steps: int, config: type) -> dict[str, str]:

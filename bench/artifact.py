@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from run_logs import OneLineParser, start  # noqa: E402
+from command_line import start  # noqa: E402
+from run_logs import OneLineParser  # noqa: E402
 
 POWERS = (0.1, 4.0)  # of a Gaussian's magnitude: between them lie all shares of zeros that are asked for
 

@@ -29,8 +29,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
 
-from arms import BadArguments, read_preset  # noqa: E402
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import BadArguments, OneLineParser, read_preset, start  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -257,4 +256,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, t.UserError, BadArguments))
+    start(main, t.UserError, BadArguments)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import OneLineParser, start  # noqa: E402
 
 MODELS = "default", "pr640"
 BASE = "this checkout"  # the arm of bench/step.py that the others are compared with
@@ -196,4 +196,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, BadFigures))
+    start(main, BadFigures)

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import OneLineParser, start  # noqa: E402
 
 if __name__ == "__main__":
     OneLineParser(__doc__).parse_args()  # -h and mistakes are answered before PyTorch is imported, which takes seconds
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, t.UserError))
+    start(main, t.UserError)

@@ -54,7 +54,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from command_line import OneLineParser  # noqa: E402
+from command_line import OneLineParser, read_preset  # noqa: E402
 
 VERSION = "1"  # of what is kept in the cache
 TIMEOUT_S = 300  # of a single run: it takes a second or two
@@ -264,12 +264,6 @@ EVALUATED = """val_tokens val_bytes stride roundtrip_val_loss roundtrip_val_bpb 
 LOGGED = re.compile(r"(?<![\w:])(?:step|loss|val_loss|val_bpb|zero_frac|churn|loss_scale|epoch|params|ws|ga):[-+.\w/]+")
 COLUMNS = "losses scores log artifact loaded evaluated settings".split()
 TOLERANCE = 1e-5  # of the losses of two processes against one: a sum in another order
-
-
-def read_preset(path: Path) -> dict[str, str]:
-    """KEY -> value of a preset's file (KEY=VALUE lines and comments). Its own, so that this file needs no other."""
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 def pairs(text: str) -> dict[str, str]:

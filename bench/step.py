@@ -48,13 +48,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from arms import BadArguments, read_preset
 from kernel_groups import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import BadArguments, OneLineParser, read_preset, start  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("step_worker.py")
 UNIT_TOKENS = 65_536  # one process's share of the default step on 8 GPUs
@@ -519,4 +518,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, BadArguments))
+    start(main, BadArguments)

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import OneLineParser, start  # noqa: E402
 
 SHARED_BYTES = {90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that a program can have, by compute capability
 KERNELS = "relu2, bf16", "relu2 gradient, bf16", "weight gradient, bf16", "relu2, 8 bits", "relu2 gradient, 8 bits"
@@ -113,4 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, CannotCompile))
+    start(main, CannotCompile)

@@ -4,6 +4,7 @@
     python tests/campaign.py kills --count 50      SIGKILL at random moments, then RESUME=1: equal artifacts
     python tests/campaign.py disk --count 24       a disk (a tmpfs) that is full at one place after the other
     python tests/campaign.py ranks hosts           one of two processes stopped, killed, with other data, other code; a cable cut
+    python tests/campaign.py suite                 the tests that run_tests.sh leaves out
     python tests/campaign.py inputs --count 100000     bench/fuzz.py: damaged inputs to every loader
 
 Runs are tiny: five presets at the small size of bench/arms.py on synthetic data, one and two processes. It ends with a table of
@@ -359,7 +360,23 @@ def inputs(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Ro
         yield Row("inputs", name, tried - bad, tried, ", ".join(f"{kind} {number:,}" for kind, number in sorted(counts.items())))
 
 
-PARTS = {"kills": kills, "disk": disk, "ranks": ranks, "hosts": hosts, "inputs": inputs}
+# -------------------------------------------------------------------------------------------------- marked tests
+
+
+def suite(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:  # noqa: ARG001
+    """The tests that run_tests.sh leaves out; what is skipped for want of a tool is a row that says so."""
+    words = [sys.executable, "-m", "pytest", "-m", "campaign", "-rs", "-p", "no:cacheprovider", f"--basetemp={place}", str(ROOT / "tests")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout[-200:])}
+    bad = counts.get("failed", 0) + counts.get("error", 0) or int(done.returncode != 0)
+    if bad:
+        print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
+    yield Row("suite", "marked tests", counts.get("passed", 0), counts.get("passed", 0) + bad, f"{counts.get('skipped', 0)} skipped")
+    for number, why in sorted(set(re.findall(r"^SKIPPED \[(\d+)\] \S+: (.+)$", done.stdout, re.MULTILINE))):
+        yield Row("suite", "not tried", 0, 0, f"{number}: {why}")
+
+
+PARTS = {"kills": kills, "disk": disk, "ranks": ranks, "hosts": hosts, "inputs": inputs, "suite": suite}
 
 
 def main(argv: list[str] | None = None) -> int:

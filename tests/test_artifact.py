@@ -80,6 +80,13 @@ def test_every_stored_value_comes_back_and_nothing_is_left_to_train(model, codec
         assert role.storage != "ternary" or set(torch.unique(q.view(-1, 32) / q.view(-1, 32).abs().amax(1, keepdim=True).clamp_min(1e-9)).tolist()) <= {-1, 0, 1}
 
 
+def test_a_loaded_model_is_not_saved_again(blob):
+    """Its weights are rounded: their groups' mean magnitudes are not the scales that they were made of."""
+    loaded, cfg = load_artifact(blob)
+    with pytest.raises(ValueError, match="expected one that was trained"):
+        save_artifact(loaded, cfg)
+
+
 def test_the_published_codecs_store_the_same_symbols(model):
     loaded = [load_artifact(save_artifact(model, tiny_config(artifact_codec=codec)))[0] for codec in CODECS]
     for other in loaded[1:]:

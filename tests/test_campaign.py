@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 
 import campaign
 import pytest
@@ -12,6 +14,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.campaign
 def test_killed_runs_end_alike(tmp_path, data_dir):
     """One of two processes is killed while a checkpoint is being written, and torchrun starts both again."""
     table = list(campaign.kills(tmp_path, data_dir, 1, 0, first=1))
@@ -26,11 +29,32 @@ def test_a_run_that_is_lost_is_counted(tmp_path, data_dir, monkeypatch):
     assert [(row.held, row.tried) for row in table if row.what.startswith("writing")] == [(0, 1), (0, 1)]
 
 
+@pytest.mark.campaign
 def test_a_full_disk_costs_nothing_that_was_there(tmp_path, data_dir):
     table = list(campaign.disk(tmp_path, data_dir, 2, 0))
     if not table[0].tried:
         pytest.skip(table[0].what)
     assert all(row.held == row.tried for row in table) and sum(row.tried for row in table) == 2
+
+
+def test_what_the_suite_says_is_counted(tmp_path, monkeypatch):
+    """Passed, failed and left out for want of a tool, of pytest's own last lines."""
+    said = "SKIPPED [2] tests/a.py:5: no Chromium starts here\nFAILED tests/a.py::test_b\n1 failed, 7 passed, 2 skipped, 9 deselected in 3.21s\n"
+    done = campaign.subprocess.CompletedProcess([], 1, said, "")
+    monkeypatch.setattr(campaign.subprocess, "run", lambda *_, **__: done)
+    table = list(campaign.suite(tmp_path, tmp_path, None, 0))
+    assert [(row.what, row.held, row.tried, row.note) for row in table] == [
+        ("marked tests", 7, 8, "2 skipped"), ("not tried", 0, 0, "2: no Chromium starts here"),
+    ]  # fmt: skip
+
+
+def test_run_tests_says_how_many_tests_it_leaves_out(tmp_path):
+    (tmp_path / "test_it.py").write_text("import pytest\ndef test_a(): pass\n@pytest.mark.campaign\ndef test_b(): pass\n@pytest.mark.campaign\ndef test_c(): pass\n")
+    (tmp_path / "conftest.py").write_text(f"import runpy\nglobals().update({{k: v for k, v in runpy.run_path({str(ROOT / 'tests/conftest.py')!r}).items() if k.startswith('pytest_')}})\n")
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-m", "not campaign"]
+    for processes in ([], ["-n", "2"]):
+        done = subprocess.run([*command, *processes, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0 and "1 passed" in done.stdout and "2 tests left out, marked campaign: bash run_tests.sh" in done.stdout, done.stdout
 
 
 def test_a_part_that_is_none_is_refused(capsys):

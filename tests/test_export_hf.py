@@ -56,6 +56,7 @@ def exported(model, folder, data_dir):
     return folder / "out"
 
 
+@pytest.mark.campaign
 @needs_transformers
 @pytest.mark.parametrize("case", EXPORTED)
 @torch.no_grad()
@@ -72,6 +73,7 @@ def test_transformers_gives_the_artifacts_logits(case, tmp_path, data_dir, hub_c
         assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.campaign
 @needs_transformers
 @torch.no_grad()
 def test_transformers_generates_and_scores(tmp_path, data_dir, hub_cache):

@@ -36,6 +36,7 @@ def figures(folder):
     return {name: result[name] for name in ("first_losses", "val_bpb", "roundtrip_val_bpb", "artifact_sha256", "world_size")}
 
 
+@pytest.mark.campaign
 def test_two_hosts_train_as_one_does(hosts, data_dir, tmp_path):
     """The hosts have no folder in common; the artifact is written by the first and scored on both."""
     env = settings(data_dir)
@@ -46,6 +47,7 @@ def test_two_hosts_train_as_one_does(hosts, data_dir, tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["err", "out"]
 
 
+@pytest.mark.campaign
 def test_data_on_one_host_alone_are_said(hosts, data_dir, tmp_path):
     """The second host has no data: its first process says which folder, and both hosts end."""
     missing = tmp_path / "nothing here"

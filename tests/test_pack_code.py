@@ -327,7 +327,7 @@ def run_trainer(script, folder, data_dir, processes):
     return result, (folder / "final_model.ternary.ptz").read_bytes(), (folder / "logs/r.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_packed_trainer_trains_to_the_same_bytes(packed_trainer, data_dir, tmp_path):
     readable, artifact, _ = run_trainer(ROOT / "train_gpt.py", tmp_path / "readable", data_dir, 1)
     for processes in (1, 2):

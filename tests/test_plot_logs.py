@@ -302,3 +302,9 @@ def test_readmes_pictures_are_drawn_by_the_command_it_gives(name, tmp_path):
     size = lambda path: path.read_bytes()[16:24]  # of a PNG: width, height
     assert size(tmp_path / name) == size(ROOT / "docs/pictures" / name)
     assert (ROOT / "docs/pictures" / name).stat().st_size < 150_000
+
+
+def test_a_line_with_a_number_of_a_thousand_digits_is_no_line_of_a_log(tmp_path):
+    """As a float it would be infinite, and an axis with it."""
+    (tmp_path / "a.txt").write_text(f"step:1/9 loss:{'9' * 1000} t:5ms\nstep:2/{'9' * 5000} loss:3.5 t:6ms\nstep:3/9 loss:3.0 t:7ms\n")
+    assert plot_logs.read_curve(tmp_path / "a.txt").training == [(3, 0.007, 3.0)]

@@ -11,10 +11,12 @@ import shutil
 import statistics
 import sys
 
+import model_files
 import pytest
 import report
 import report_model
 import report_page
+import sample
 from conftest import ROOT, TINY, launch, tiny_model, write_shard
 
 import train_gpt
@@ -88,14 +90,9 @@ def trained(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_page(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    report.SAMPLER, before = folder / "sample.py", report.SAMPLER
-    report.SAMPLER.write_text(
-        "import sys; artifact, *prompt = sys.argv[sys.argv.index('--') + 1 :]; print(*prompt, 'and <b>more</b> of', artifact)"
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_model.sample, "continuation", lambda *_: iter((" and <b>more</b>", " of it")))
         code, page = make(folder, trained)
-    finally:
-        report.SAMPLER = before
     assert code == 0
     return page
 
@@ -168,6 +165,10 @@ def test_layers_are_the_models(tiny_page, trained):
     assert sum(math.prod(layer.shape) for layer in layers.matrices) + layers.other_weights == run.result["params"]
 
 
+def tokenizer_of(folder):
+    return model_files.read_tokenizer(folder / "tokenizer.model", model_files.Loaded(folder, b"", None, tiny_model().cfg))
+
+
 def test_bits_of_tokens_are_the_score(data_dir):
     """Windows that overlap by half, at temperature 1: `evaluate` on the same tokens."""
     model = tiny_model().eval()
@@ -178,8 +179,7 @@ def test_bits_of_tokens_are_the_score(data_dir):
     bits = report_model.token_bits(model, ids)
     nats, bpb = train_gpt.evaluate(model, val, cfg, train_gpt.World(), cfg.train_seq_len // 2)
     assert statistics.fmean(bits) == pytest.approx(nats / math.log(2), rel=1e-5)
-    tokenizer, table = report_model.load_tokenizer(data_dir / "tokenizer.model", 320)
-    found = report_model.passages_of(ids, bits, tokenizer, table)
+    found = report_model.passages_of(ids, bits, tokenizer_of(data_dir))
     scores = [passage.bits_per_byte for passage in found]
     assert scores == sorted(scores, reverse=True) and scores[0] > bpb > scores[-1]
     short = report_model.token_bits(model, ids[:20])  # less than a window
@@ -188,10 +188,10 @@ def test_bits_of_tokens_are_the_score(data_dir):
 
 def test_passages_end_where_documents_do(data_dir):
     """Documents of 60 and 100 tokens: one passage of 48 and two; what remains is too short to say anything."""
-    tokenizer, table = report_model.load_tokenizer(data_dir / "tokenizer.model", 320)
+    tokenizer = tokenizer_of(data_dir).pieces
     documents = [tokenizer.encode(f"this document has {words} of its own " * 9)[:count] for words, count in (("words", 60), ("sentences", 100))]
     ids = [i for document in documents for i in (tokenizer.bos_id(), *document)]
-    found = report_model.passages_of(ids, [1.0] * (len(ids) - 1), tokenizer, table)
+    found = report_model.passages_of(ids, [1.0] * (len(ids) - 1), tokenizer_of(data_dir))
     text = lambda pieces: "".join(tokenizer.id_to_piece(pieces)).replace("\u2581", " ")
     expected = [text(documents[0][:48]), text(documents[1][:48]), text(documents[1][48:96])]
     shown = ["".join(unit.text for unit in passage.units) for passage in found]
@@ -293,14 +293,35 @@ def test_what_a_log_says_stays_text(tmp_path):
 
 def test_samples_are_text_and_a_sampler_that_fails_says_why(tiny_page, trained, tmp_path, monkeypatch):
     samples = tiny_page[tiny_page.index('id="samples"') : tiny_page.index('id="passages"')]
-    assert samples.count('class="sample"') == 3 and "&lt;b&gt;more&lt;/b&gt;" in samples and "tiny.ptz" in samples
-    assert (
-        len(re.findall(r'aria-label="sample"><strong>[^<]+</strong> and', samples)) == 2
-    )  # what it was to continue is told apart
-    monkeypatch.setattr(report, "SAMPLER", tmp_path / "sample.py")
-    report.SAMPLER.write_text("import sys; sys.exit('sample.py: error: <no> memory')")
+    assert samples.count('class="sample"') == 3 and samples.count("&lt;b&gt;more&lt;/b&gt; of it</div>") == 3
+    assert len(re.findall(r'aria-label="sample"><strong>[^<]+</strong> and', samples)) == 2  # what it was to continue is told apart
+
+    def fail(*_):
+        raise RuntimeError("<no> memory\nat all")
+
+    monkeypatch.setattr(report_model.sample, "continuation", fail)
     code, page = make(tmp_path, trained, "--prompt", "The <end>")
-    assert code == 0 and page.count("No sample: sample.py: error: &lt;no&gt; memory") == 1
+    assert code == 0 and page.count("No sample: &lt;no&gt; memory at all") == 1
+
+
+def test_samples_are_what_the_sampler_writes_with_the_same_seeds(trained, capsys, monkeypatch):
+    """The model is loaded once; afterwards it computes as before."""
+    monkeypatch.chdir(trained.parent.parent)  # where its log is found
+    loaded = model_files.load_model(trained.parent.parent / "tiny.ptz")
+    tokenizer = model_files.load_tokenizer(loaded)
+    before = report_model.token_bits(loaded.model, list(range(4, 60)))
+    found = list(report_model.samples_of(loaded, tokenizer, ["", "The quick"]))
+    for seed, (prompt, text) in enumerate(found, 1):
+        assert sample.main([str(loaded.path), *[prompt] * bool(prompt), "--tokens", "80", "--seed", str(seed)]) == 0
+        assert capsys.readouterr().out == f"{prompt}{text}\n"
+    assert report_model.token_bits(loaded.model, list(range(4, 60))) == before
+
+
+def test_line_ends_of_a_text_count_as_they_stand(trained, data_dir, tmp_path):
+    loaded = model_files.load_model(trained.parent.parent / "tiny.ptz")
+    tokenizer = model_files.read_tokenizer(data_dir / "tokenizer.model", loaded)
+    (tmp_path / "a.txt").write_bytes(b"one line\r\n" * 20)
+    assert report_model.text_tokens(tmp_path / "a.txt", tokenizer) == tokenizer.document("one line\r\n" * 20)
 
 
 def test_a_text_of_ones_own_is_scored(trained, tmp_path):
@@ -424,6 +445,7 @@ def browser():
         started.close()
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 360)], ids=["light", "dark", "narrow"])
 def test_a_browser_shows_it_all_without_a_complaint(browser, tiny_page, tmp_path, scheme, width):
     """Text and pictures are there, values come on hover and by keys, axes change, nothing else is loaded, nothing runs over the side."""
@@ -458,6 +480,7 @@ def test_a_browser_shows_it_all_without_a_complaint(browser, tiny_page, tmp_path
     context.close()
 
 
+@pytest.mark.campaign
 def test_a_hostile_log_runs_nothing_in_a_browser(browser, tmp_path):
     code, _ = make(tmp_path, short_log(tmp_path / "log.txt", {"run_id": HOSTILE}, {"attention": HOSTILE}))
     page, said = browser.new_page(), []

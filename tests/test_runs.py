@@ -139,3 +139,13 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     assert tool(*arguments, *([] if "--logs" in arguments else ["--logs", tmp_path])) == 2
     out, err = capsys.readouterr()
     assert said in err and ": error: " in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(("name", "value"), [("total_bytes", "x"), ("artifact_bytes", "x"), ("steps", 1.5), ("eval_time_s", "x"), ("device", 1)])
+def test_an_evaluation_with_a_figure_of_another_kind_is_left_out_in_one_line(tmp_path, capsys, name, value):
+    write(tmp_path, "whole", 5, 1.1)
+    evaluation = {"roundtrip_val_loss": 3.0, "roundtrip_val_bpb": 1.5, name: value}
+    (tmp_path / "scored.txt").write_text(f"config {json.dumps(CONFIG | {'eval_only': True})}\nresult {json.dumps(evaluation)}\n")
+    assert tool("--logs", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "scored" not in out and f"scored.txt: the result line has {name} {value!r}, expected" in err

@@ -59,7 +59,7 @@ def test_a_row_says_what_differs_and_forgives_a_librarys_bytes():
     assert row.same and "(bytes)" in row.markdown()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_change_of_one_activation_is_found_where_it_is_and_nowhere_else(tmp_path):
     source = (ROOT / "train_gpt.py").read_text()
     assert source.count("F.leaky_relu") == 1

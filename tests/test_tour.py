@@ -52,7 +52,7 @@ def test_the_script_goes_from_the_import_to_a_picture(data_dir, tmp_path):
     assert sorted(ROOT.glob("logs/*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_notebook_runs_in_a_kernel_with_the_same_end(data_dir, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-extra.txt")
     nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-extra.txt")

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import OneLineParser, run_command
+from command_line import OneLineParser, start
 
 OK, MISSING, NOT_NEEDED = "OK", "MISSING", "not needed"
 CODE_SUFFIXES = (".py", ".so", ".pyd", ".dylib")
@@ -165,4 +165,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    start(main)

@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pack_code
-from run_logs import BUDGET_BYTES, OneLineParser, check_same, read_run, scored_by, start
-from shard_io import UserError, read_shard, sha256_file, shard_paths
+from command_line import run_command, start
+from run_logs import BUDGET_BYTES, OneLineParser, check_same, find_artifact, read_run, scored_by
+from shard_io import UserError, read_shard, shard_paths
 
 MOST_TRAINING_MS = 600_000
 MOST_EVALUATION_S = 600
@@ -159,10 +160,7 @@ def check_bytes(run, files):
     """Code and artifact, decimal: the files' true sizes where they are given, else the logged ones."""
     r, notes = run.result, []
     code = files.code.stat().st_size if files.code else r["code_bytes"]
-    # still there if the check runs where the run ran; the result's is where the artifact came to be
-    own = Path(r.get("artifact_path") or run.config.get("artifact_path") or "nothing")
-    candidates = files.artifacts or ([own] if own.is_file() else [])
-    artifact = next((path for path in candidates if sha256_file(path) == r["artifact_sha256"]), None)
+    artifact = find_artifact(run, files.artifacts)  # still there if the check runs where the run ran
     artifact_bytes = artifact.stat().st_size if artifact else r["artifact_bytes"]
     total = code + artifact_bytes
     if files.artifacts and not artifact:
@@ -830,12 +828,13 @@ def main(argv=None):
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="the log of one seed")
     add_options(parser)
     args = parser.parse_args(argv)
-    try:
-        files, record = read_options(args)
-        findings = check_logs(args.logs, files, record, args.non_record)
-    except (UserError, OSError) as error:
-        print(f"compliance.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: show_findings(args), UserError, name="compliance.py")
+
+
+def show_findings(args):
+    """Print the table; 1 for a breach."""
+    files, record = read_options(args)
+    findings = check_logs(args.logs, files, record, args.non_record)
     print(table(findings))
     return int(any(f.breach for f in findings))
 

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from command_line import OneLineParser
+from command_line import OneLineParser, run_command, start
 from run_logs import BUDGET_BYTES
 
 # how far apart three seeds of the demo ended, 120 s on a CPU each, and on how many bytes they were scored (RESULTS.md R017)
@@ -125,18 +125,17 @@ def main(argv=None):
     parser.add_argument("--manifest", type=Path)
     parser.add_argument("--artifact", type=Path)
     args = parser.parse_args(argv)
-    try:
-        result = read_result(args.result)
-        rows = table_rows(result, read_manifest(args.manifest), args.artifact)
-        if not rows:
-            raise ValueError(f"{args.result}: the result line has no figure")
-    except (OSError, ValueError) as error:
-        print(f"demo_table.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: show_table(args), ValueError, name="demo_table.py")
+
+
+def show_table(args):
+    result = read_result(args.result)
+    rows = table_rows(result, read_manifest(args.manifest), args.artifact)
+    if not rows:
+        raise ValueError(f"{args.result}: the result line has no figure")
     print(f"\n{format_table(rows)}\n")
     warn_of_little_text(result)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

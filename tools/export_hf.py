@@ -18,8 +18,9 @@ import struct
 import tempfile
 from pathlib import Path
 
-from model_files import ROOT, answer, load_model, load_tokenizer, run_of
-from run_logs import OneLineParser, start
+from command_line import run_command, start
+from model_files import ROOT, load_model, load_tokenizer, run_of
+from run_logs import OneLineParser
 from shard_io import UserError
 
 MODELING = ROOT / "tools/hf/modeling_ternary_gpt.py"
@@ -146,8 +147,8 @@ def export(loaded, tokenizer, out):
     partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=out.parent))
     try:
         (partial / "model.safetensors").write_bytes(safetensors_bytes(tensors))
-        (partial / "config.json").write_text(json.dumps(config_of(loaded, tensors), indent=1) + "\n")
-        (partial / "README.md").write_text(card(loaded, tokenizer, out.name, loaded.model.temperature.item()))
+        (partial / "config.json").write_text(json.dumps(config_of(loaded, tensors), indent=1) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card(loaded, tokenizer, out.name, loaded.model.temperature.item()), encoding="utf-8")
         for source, name in ((MODELING, MODELING.name), (tokenizer.path, "tokenizer.model"), (ROOT / "LICENSE", "LICENSE")):
             shutil.copyfile(source, partial / name)
         partial.chmod(0o755)
@@ -178,7 +179,7 @@ def run(options):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    return answer(lambda: run(options))
+    return run_command(lambda: run(options), UserError)
 
 
 if __name__ == "__main__":

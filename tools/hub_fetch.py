@@ -24,6 +24,7 @@ from shard_io import (
     locked_folder,
     read_manifest,
     read_shard,
+    replacing,
     sha256_file,
     write_json,
 )
@@ -334,9 +335,8 @@ def describe(export, commit, files, dataset):
 
 def write_whole(path, value):
     """Write a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_json(temporary, value)
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        write_json(partial, value)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ name, the library, the token and what it may do, the artifacts. A repository tha
 
 import contextlib
 import re
-from pathlib import Path
 
 from command_line import not_a_command
 from hub_fetch import check_network_variables, import_hub, one_line
+from run_logs import find_artifact, places_of
 from shard_io import UserError, sha256_file
 
 LONGEST_NAME = 96  # after the slash
@@ -78,10 +78,9 @@ def find_artifacts(runs, given):
     """{seed: path} of the runs' artifacts: among the `given`, else where the logs say, by SHA-256; UserError where one is missing."""
     found = {}
     for run in runs:
-        logged = run.result.get("artifact_path") or run.config.get("artifact_path") or "no path"
-        candidates = [path for path in given or [Path(logged)] if path.is_file()]
-        found[run.seed] = next((path for path in candidates if sha256_file(path) == run.result["artifact_sha256"]), None)
+        found[run.seed] = find_artifact(run, given)
         if found[run.seed] is None:
+            logged = next(iter(places_of(run, "artifact_path")), "no path")
             raise UserError(f"--hub: seed {run.seed}: no artifact with the SHA-256 of {run.log} at {logged}; expected --artifact FILE")
     return found
 

@@ -17,10 +17,10 @@ import math
 import os
 import statistics
 import sys
-from pathlib import Path
 
-from model_files import answer, load_model, load_tokenizer, shown
-from run_logs import OneLineParser, start
+from command_line import run_command, start
+from model_files import load_model, load_tokenizer, read_text, shown
+from run_logs import OneLineParser
 from shard_io import UserError
 
 BINS_AN_OCTAVE = 2  # of the histogram of scales
@@ -132,18 +132,6 @@ def show_artifact(loaded):
 # -------------------------------------------------------------------------------------------------- a text
 
 
-def read_text(path):
-    try:
-        text = Path(path).read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"--text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {path}: not UTF-8 (byte {error.start})") from None
-    if not text:
-        raise UserError(f"--text {path}: empty; expected text to score")
-    return text
-
-
 def token_bits(model, ids):
     """Bits of ids[1], ids[2], ...: of each token, given those before it in its window."""
     import torch
@@ -247,7 +235,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    return answer(lambda: inspect(options))
+    return run_command(lambda: inspect(options), UserError)
 
 
 def inspect(options):

@@ -10,8 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from command_line import OneLineParser, run_command
-from run_logs import start
+from command_line import OneLineParser, run_command, start
 from shard_io import UserError
 
 CELL = re.compile(r"^# %%( \[markdown\])?$", re.MULTILINE)

@@ -32,12 +32,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import command_line
 import compliance
 import hub_push
 import pack_code
+from command_line import start
 from hub_fetch import EXPORTS
-from run_logs import BUDGET_BYTES, FREE_SETTINGS, SLIDING, OneLineParser, check_same, read_run, scored_by, start
-from shard_io import UserError, sha256_file
+from run_logs import BUDGET_BYTES, FREE_SETTINGS, SLIDING, OneLineParser, check_same, read_run, scored_by
+from shard_io import UserError, sha256_file, write_text
 
 SEED_FIELDS = (
     *SLIDING, "val_loss", "val_bpb", "roundtrip_val_loss", "roundtrip_val_bpb", "val_tokens", "val_bytes",
@@ -562,23 +564,6 @@ def json_text(value):
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_whole(path, text):
-    """Write a file whole or not at all: an earlier one survives a full disk or a crash. UserError if it cannot be written."""
-    partial = path.with_name(f".partial.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def check_rules(args):
     """compliance.py's findings on the logs; their table is printed."""
     files, record = compliance.read_options(args)
@@ -619,12 +604,12 @@ def write_submission(args):
         write_folder(folder, files)
     out = args.out or (None if folder else Path("submission.json"))
     if out:
-        write_whole(out, json_text(submission))
+        write_text(out, json_text(submission))
     for path in filter(None, (folder, out)):
         print(f"{path}: {submission['val_bpb']:.4f} bits per byte ({submission['score']}, {plural(len(runs), 'seed')}), "
               f"{submission['bytes_total']:,} of {BUDGET_BYTES:,} bytes")  # fmt: skip
     if args.pull_request:
-        write_whole(args.pull_request, pull_request(runs, submission, findings, folder))
+        write_text(args.pull_request, pull_request(runs, submission, findings, folder))
         print(f"{args.pull_request}: the text of the pull request")
     if "notice" in submission:
         print(submission["notice"])
@@ -643,13 +628,7 @@ def send(args, client, files, artifacts, folder):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
-        return check_end(args) or 0 if args.check else write_submission(args)
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError) as error:
-        print(f"make_submission.py: error: {error}", file=sys.stderr)
-        return 2
+    return command_line.run_command(lambda: check_end(args) if args.check else write_submission(args), UserError, name="make_submission.py")
 
 
 if __name__ == "__main__":

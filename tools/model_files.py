@@ -1,6 +1,6 @@
 """An artifact and its tokenizer, as the tools for people read them: found, checked, refused in one line.
 
-For sample.py, inspect_artifact.py, export_hf.py and, in part, runs.py; this file is no command. An artifact holds no tokenizer. It is the one
+For sample.py, inspect_artifact.py, export_hf.py and report.py; this file is no command. An artifact holds no tokenizer. It is the one
 that is given, else tokenizer.model beside the artifact, else the one that a log names whose result is this very file. Where a
 log or the manifest.json beside the artifact notes the tokenizer's SHA-256, another one is refused.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from command_line import not_a_command
-from run_logs import read_run
+from run_logs import places_of, read_run
 from shard_io import UserError, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def load_tokenizer(loaded, given=None):
     problems = [UserError(f"{loaded.path}: no tokenizer.model beside it, and no log that names one; expected --tokenizer MODEL")]
     for path in [given] if given else places(loaded, run):
         try:
-            return check_tokenizer(Path(path), loaded, digest, source, "--tokenizer " * bool(given))
+            return read_tokenizer(Path(path), loaded, digest, source, "--tokenizer " * bool(given))
         except UserError as error:
             problems.append(error)
     raise problems[-1]
@@ -101,12 +101,12 @@ def known_digest(loaded, run):
 
 def places(loaded, run):
     """Where a tokenizer lies that may be the model's."""
-    named = [Path(run.config["tokenizer_path"])] if run else []
+    named = places_of(run, "tokenizer_path") if run else []
     candidates = [loaded.path.parent / "tokenizer.model", *named, *(ROOT / path for path in named)]
     return [path for path in dict.fromkeys(candidates) if path.is_file()]
 
 
-def check_tokenizer(path, loaded, digest, source, option):
+def read_tokenizer(path, loaded, digest="", source="", option=""):
     """The Tokenizer at `path`; UserError unless it is a SentencePiece model, and the artifact's as far as that is known."""
     import train_gpt
 
@@ -122,6 +122,19 @@ def check_tokenizer(path, loaded, digest, source, option):
     return Tokenizer(path, pieces, train_gpt.ByteTable.load(str(path), loaded.cfg.vocab_size))
 
 
+def read_text(path):
+    """A text file as it stands, line ends included; UserError unless it is UTF-8 and not empty."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"--text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path}: not UTF-8 (byte {error.start})") from None
+    if not text:
+        raise UserError(f"--text {path}: empty; expected text to score")
+    return text
+
+
 def shown(text):
     """The text as a terminal may have it: a model can write any byte, and some of them would steer the terminal."""
     if not sys.stdout.isatty():
@@ -129,17 +142,5 @@ def shown(text):
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def answer(work):
-    """Exit code of a tool's work: 0, or 2 after the line of a user's mistake. A reader that has gone away is none."""
-    try:
-        work()
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    not_a_command("tools/sample.py, inspect_artifact.py, export_hf.py and runs.py")
+    not_a_command("tools/sample.py, inspect_artifact.py, export_hf.py and report.py")

@@ -8,11 +8,10 @@ same text finds its shards again and a changed one gets its own.
 """
 
 import hashlib
-import sys
 from collections import Counter
 from pathlib import Path
 
-from command_line import OneLineParser
+from command_line import OneLineParser, run_command, start
 from encode_text import read_documents
 from shard_io import UserError, sha256_file
 from text_files import Layout, file_format, find_files
@@ -72,16 +71,15 @@ def main(argv=None):
     parser.add_argument("input", type=Path, nargs="+", metavar="FILE", help="text files, or folders of them")
     parser.add_argument("--most-pieces", type=int, default=MOST_PIECES, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        files = find_files(args.input, "--text")
-        size = text_bytes(files)
-        pieces = choose_pieces(size, alphabet_size(files), args.most_pieces)
-        print(content_name(files), pieces, f"{choose_val_fraction(size):.4f}")
-    except (UserError, OSError) as error:
-        print(f"own_text.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: show_plan(args), UserError, name="own_text.py")
+
+
+def show_plan(args):
+    files = find_files(args.input, "--text")
+    size = text_bytes(files)
+    pieces = choose_pieces(size, alphabet_size(files), args.most_pieces)
+    print(content_name(files), pieces, f"{choose_val_fraction(size):.4f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -18,13 +18,14 @@ import hashlib
 import io
 import keyword
 import lzma
-import os
 import re
 import sys
 import tokenize
 from pathlib import Path
 
-from run_logs import OneLineParser, start
+from command_line import run_command, start
+from run_logs import OneLineParser
+from shard_io import UserError, replacing
 
 # One blank a level and no comments: these lines count too. The names in capitals are filled in.
 STUB = '''\
@@ -294,23 +295,19 @@ def unpack(text):
 # -------------------------------------------------------------------------------------------------- command line
 
 
-def write_whole(path, data):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial.{os.getpid()}")  # no longer than any name may be
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def source_text(data):
     """The text of a source file's bytes as Python reads it: no byte order mark, and "\\n" for any line end."""
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def run(args):
+    try:
+        write_packed(args)
+    except (ValueError, SyntaxError) as error:  # ValueError: among others, a file that is not UTF-8
+        raise UserError(f"{args.file}: {error}") from None
+
+
+def write_packed(args):
     data = args.file.read_bytes()
     text = source_text(data)
     program = unpack(text)
@@ -323,7 +320,8 @@ def run(args):
     if program is not None:
         raise ValueError("is packed already")
     packed = pack(text)
-    write_whole(args.out, packed)
+    with replacing(args.out) as partial:
+        partial.write_bytes(packed)
     size = len(data)
     digest = hashlib.sha256(packed).hexdigest()
     print(f"{args.out}: {len(packed):,} bytes, {100 * len(packed) / size:.1f} % of {size:,}, sha256 {digest}")
@@ -337,14 +335,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.unpack == (args.out is not None):
         parser.error("--unpack prints the program: expected no --out" if args.unpack else "--out FILE is missing")
-    try:
-        run(args)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # ValueError: among others, a file that is not UTF-8
-        print(f"pack_code.py: error: {args.file}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args), UserError, name="pack_code.py")
 
 
 if __name__ == "__main__":

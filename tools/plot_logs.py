@@ -38,13 +38,15 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from arm_results import effects, in_order, read_results, scores_of, spread_of_one
-from run_logs import OneLineParser, last_line, parse_object, start
-from shard_io import UserError
+from command_line import run_command, start
+from run_logs import OneLineParser, last_line, parse_object
+from shard_io import UserError, replacing
 
-TRAINING = re.compile(r"step:(\d{1,15})/\d+ loss:(\d+(?:\.\d+)?) t:(\d{1,15})ms")
-VALIDATION = re.compile(r"step:(\d{1,15})/\d+ val_loss:(\d+(?:\.\d+)?) val_bpb:(\d+(?:\.\d+)?) train_time:(\d{1,15})ms")
-CHURN = re.compile(r"churn:\d\.\d+ zero_frac:(\d\.\d+) step:(\d{1,15})/")
-LAST_ZEROS = re.compile(r".* zero_frac:(\d\.\d+)$")
+NUMBER = r"(\d{1,15}(?:\.\d{1,20})?)"  # of a loss or a score; no log of ours has longer ones
+TRAINING = re.compile(rf"step:(\d{{1,15}})/\d{{1,15}} loss:{NUMBER} t:(\d{{1,15}})ms")
+VALIDATION = re.compile(rf"step:(\d{{1,15}})/\d{{1,15}} val_loss:{NUMBER} val_bpb:{NUMBER} train_time:(\d{{1,15}})ms")
+CHURN = re.compile(r"churn:\d\.\d{1,20} zero_frac:(\d\.\d{1,20}) step:(\d{1,15})/")
+LAST_ZEROS = re.compile(r".* zero_frac:(\d\.\d{1,20})$")
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 MOST_SMOOTHING = 10_000  # lines of the log
 RATE_POINTS = 200
@@ -496,13 +498,11 @@ def save(figure, path):
     """Write a picture, whole or not at all."""
     from matplotlib import pyplot
 
-    partial = path.with_name(f".partial.{os.getpid()}")
     undated = {".png": {"Software": None}, ".svg": {"Date": None}}
     try:
-        figure.savefig(partial, dpi=110, format=path.suffix[1:], metadata=undated.get(path.suffix))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110, format=path.suffix[1:], metadata=undated.get(path.suffix))
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)
 
 
@@ -539,14 +539,16 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
+    return run_command(lambda: save_plot(options), UserError, name="plot_logs.py")
+
+
+def save_plot(options):
+    if not has_matplotlib():
+        raise UserError("needs matplotlib, which is not installed: bash setup.sh --tests, or pip install matplotlib")
     try:
-        if not has_matplotlib():
-            raise UserError("needs matplotlib, which is not installed: bash setup.sh --tests, or pip install matplotlib")
         save(plot(options), options.out)
-    except (UserError, ImportError, OSError) as error:
-        print(f"plot_logs.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except ImportError as error:  # it is there, and something that it needs is not
+        raise UserError(f"matplotlib does not work here: {error}; bash setup.sh --tests, or pip install matplotlib") from None
 
 
 if __name__ == "__main__":

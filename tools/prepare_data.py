@@ -26,6 +26,7 @@ from typing import NamedTuple
 import demo_corpus
 import sentencepiece
 from check_data import check_dataset, checked_manifest, refuse_other_tokenizer, report
+from command_line import describe
 from encode_text import (
     ALL_VAL,
     Split,
@@ -523,13 +524,6 @@ def add_check(command):
     command.add_argument("--tokenizer", type=Path, metavar="MODEL", help=f"default: DIR/{TOKENIZER}")
     add_workers(command)
     command.set_defaults(run=check)
-
-
-def describe(error):
-    """An exception as one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return " ".join(str(error).split("\n"))
 
 
 def main(argv=None):

@@ -20,8 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
-from arms import read_preset  # noqa: E402
-from command_line import OneLineParser, run_command  # noqa: E402
+from command_line import OneLineParser, read_preset, start  # noqa: E402
 
 # What is replaced in the copy: no kernel writes a value, so nothing can be said of values. Each occurs once.
 EDITS = [
@@ -229,4 +228,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Failed))
+    start(main, Failed)

@@ -17,21 +17,18 @@ What is not there, or is another run's, is left out, and the page says why. Text
 import argparse
 import ast
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import compliance
 import plot_logs
 import report_model
+from command_line import run_command, start
+from model_files import load_model, read_tokenizer
 from report_page import esc, histogram, line_chart, name_of, note, number, page, section, stacked_bars, table
-from run_logs import BUDGET_BYTES, FREE_SETTINGS, OneLineParser, Run, check_same, read_run, scored_by, start
-from shard_io import UserError, sha256_file
+from run_logs import BUDGET_BYTES, FREE_SETTINGS, OneLineParser, Run, check_same, find_artifact, places_of, read_run, scored_by
+from shard_io import UserError, sha256_file, write_text
 
-SAMPLER = Path(__file__).resolve().parent / "sample.py"
-SAMPLE_TOKENS, SAMPLE_SECONDS = 80, 300
 PROMPT_TOKENS = 12  # of a held-out passage, that a sample continues
 MOST_LOGS = 8
 AXES = {"by-time": "time", "by-steps": "steps", "by-tokens": "tokens"}
@@ -92,39 +89,28 @@ def subject_of(name, run, given, options):
         curve = None
     artifact, why_not = given.get(run.result.get("artifact_sha256")), ""
     if not artifact:
-        artifact, why_not = find_artifact(run)
+        artifact, why_not = look_for_artifact(run)
     tokenizer, digest = options.tokenizer, run.result.get("tokenizer_sha256")
     if artifact and tokenizer and digest and sha256_file(tokenizer) != digest:
         raise UserError(f"--tokenizer {tokenizer}: not the tokenizer of {run.log}: its SHA-256 is another")
-    tokenizer = tokenizer or (find_tokenizer(run, artifact) if artifact else None)
+    tokenizer = tokenizer or (look_for_tokenizer(run, artifact) if artifact else None)
     return Subject(name, run, curve, artifact, tokenizer, why_not)
 
 
-def named_by(run, name, key="config"):
-    """The paths that a log's path may mean: from here, and from the folder above its logs."""
-    path = getattr(run, key).get(name)
-    if not isinstance(path, str) or not path or "\0" in path:
-        return []
-    return list(dict.fromkeys([Path(path), run.log.resolve().parent.parent / path]))
-
-
-def find_artifact(run):
+def look_for_artifact(run):
     """(the artifact where the log says it is, "") or (None, why there is none)."""
-    digest = run.result.get("artifact_sha256")
-    paths = [*named_by(run, "artifact_path", "result"), *named_by(run, "artifact_path")]
-    there = [path for path in dict.fromkeys(paths) if path.is_file()]
-    for path in there:
-        if digest and sha256_file(path) == digest:
-            return path, ""
-    if there:
+    if path := find_artifact(run):
+        return path, ""
+    paths = places_of(run, "artifact_path")
+    if there := [path for path in paths if path.is_file()]:
         return None, f"{there[0]} is not the artifact of this run: its SHA-256 is another"
     return None, f"there is no artifact at {paths[0]}; --artifact FILE names it" if paths else "the log names no artifact"
 
 
-def find_tokenizer(run, artifact):
+def look_for_tokenizer(run, artifact):
     """The tokenizer where the log says it is, or beside the artifact; None unless it is the log's."""
     digest = run.result.get("tokenizer_sha256")
-    for path in [*named_by(run, "tokenizer_path"), artifact.parent / "tokenizer.model"]:
+    for path in [*places_of(run, "tokenizer_path"), artifact.parent / "tokenizer.model"]:
         if path.is_file() and (not digest or sha256_file(path) == digest):
             return path
     return None
@@ -157,7 +143,9 @@ def present_defaults():
     """{setting: default} of train_gpt.py as it is now."""
     import dataclasses
 
-    return dataclasses.asdict(report_model.trainer().Config.from_env({}))
+    import train_gpt  # slow to import
+
+    return dataclasses.asdict(train_gpt.Config.from_env({}))
 
 
 # -------------------------------------------------------------------------------------------------- sections
@@ -336,7 +324,8 @@ class Views:
 
     def __init__(self, subject, options):
         self.subject, self.options = subject, options
-        self.model = report_model.load_model(subject.artifact)
+        self.loaded = load_model(subject.artifact)
+        self.model = self.loaded.model
 
     def layers(self):
         found = report_model.layers_of(self.model)
@@ -356,25 +345,25 @@ class Views:
     def tokenizer(self):
         if not self.subject.tokenizer:
             raise UserError("its tokenizer is not where the log says; --tokenizer FILE names it")
-        return report_model.load_tokenizer(self.subject.tokenizer, self.model.cfg.vocab_size)
+        return read_tokenizer(self.subject.tokenizer, self.loaded)
 
     @functools.cached_property
     def held_out(self):
         if self.options.text:
-            return report_model.text_tokens(self.options.text, self.tokenizer[0])
-        folders = [self.options.data] if self.options.data else named_by(self.subject.run, "data_path")
+            return report_model.text_tokens(self.options.text, self.tokenizer)
+        folders = [self.options.data] if self.options.data else places_of(self.subject.run, "data_path")
         folder = next(
             (path for path in folders if compliance.shard_paths(path, "val")), folders[0] if folders else Path("DATA_PATH")
         )
         return report_model.held_out_tokens(folder)
 
     def passages(self):
-        ids, (tokenizer, byte_table) = self.held_out, self.tokenizer
+        ids = self.held_out
         if max(ids) >= self.model.cfg.vocab_size:
             raise UserError(
                 f"the held-out text has token {max(ids)}, and the model {self.model.cfg.vocab_size}: another tokenizer made it"
             )
-        found = report_model.passages_of(ids, report_model.token_bits(self.model, ids), tokenizer, byte_table)
+        found = report_model.passages_of(ids, report_model.token_bits(self.model, ids), self.tokenizer)
         hardest, easiest = report_model.extremes(found)
         if not hardest:
             raise UserError(
@@ -389,11 +378,10 @@ class Views:
 
     def samples(self):
         """What the model writes: at a document's start, and on from words of the held-out text."""
-        if not SAMPLER.is_file():
-            raise UserError("tools/sample.py is not there")
-        if not self.subject.tokenizer:
-            raise UserError("its tokenizer is not where the log says; --tokenizer FILE names it")
-        return "\n".join(self.sample(prompt, seed) for seed, prompt in enumerate([*self.prompts()], 1))
+        try:
+            return "\n".join(map(sample_html, *zip(*report_model.samples_of(self.loaded, self.tokenizer, self.prompts()), strict=True)))
+        except (RuntimeError, MemoryError) as error:
+            return note(f"No sample: {' '.join(str(error).split()) or type(error).__name__}")
 
     def prompts(self):
         if self.options.prompt:
@@ -401,28 +389,18 @@ class Views:
             return
         yield ""
         try:
-            ids, (tokenizer, byte_table) = self.held_out, self.tokenizer
+            ids, edges = self.held_out, self.tokenizer.table.edge
         except UserError:
             return
         for begin in (len(ids) // 3, 2 * len(ids) // 3):
-            words = [i for i in ids[begin : begin + PROMPT_TOKENS] if i < len(byte_table.edge) and not byte_table.edge[i]]
-            if text := " ".join(tokenizer.decode(words).replace("\ufffd", "").split()):
+            words = [i for i in ids[begin : begin + PROMPT_TOKENS] if i < len(edges) and not edges[i]]
+            if text := " ".join(self.tokenizer.pieces.decode(words).replace("\ufffd", "").split()):
                 yield text
 
-    def sample(self, prompt, seed):
-        command = [sys.executable, str(SAMPLER), "--tokenizer", str(self.subject.tokenizer), "--tokens", str(SAMPLE_TOKENS),
-                   "--seed", str(seed), "--", str(self.subject.artifact), *([prompt] if prompt else [])]  # fmt: skip
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=SAMPLE_SECONDS, check=False, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            return note(f"No sample: tools/sample.py took more than {SAMPLE_SECONDS} s")
-        if done.returncode:
-            return note(
-                f"No sample: {(done.stderr.decode(errors='replace').strip().splitlines() or ['exit code ' + str(done.returncode)])[-1]}"
-            )
-        text = done.stdout.decode(errors="replace").rstrip("\n")
-        begun = f"<strong>{esc(prompt)}</strong>{esc(text[len(prompt) :])}" if prompt and text.startswith(prompt) else esc(text)
-        return f'<div class="sample" tabindex="0" role="region" aria-label="sample">{begun}</div>'
+
+def sample_html(prompt, text):
+    begun = f"<strong>{esc(prompt)}</strong>" if prompt else ""
+    return f'<div class="sample" tabindex="0" role="region" aria-label="sample">{begun}{esc(text)}</div>'
 
 
 def colour(bits):
@@ -530,26 +508,15 @@ def problem_of(options):
     return ""
 
 
-def write(path, text):
-    """Whole or not at all."""
-    partial = path.with_name(f".partial.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def main(argv=None):
     options = parse_arguments(argv)
-    try:
-        subjects = read_subjects(options)
-        write(options.out, report(subjects, options))
-    except (UserError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: write_report(options), UserError, name="report.py")
+
+
+def write_report(options):
+    subjects = read_subjects(options)
+    write_text(options.out, report(subjects, options))
     print(options.out)
-    return 0
 
 
 if __name__ == "__main__":

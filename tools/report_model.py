@@ -3,20 +3,23 @@
 This file is no command. It imports train_gpt.py, and with it PyTorch, where it is asked for a model.
 """
 
+import copy
 import math
-import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import command_line
+import sample
+from model_files import read_text
 from shard_io import UserError, read_shard, shard_paths
 
-ROOT = Path(__file__).resolve().parent.parent
 BINS = 24  # of a histogram of scales
 MOST_TOKENS = 32_768  # scored for the passages: seconds for the demo's model, minutes for one of full size
 BATCH_TOKENS = 4096
 PASSAGE_TOKENS, LEAST_TOKENS = 48, 24
 PASSAGES = 4  # hardest, and as many easiest
+SAMPLE_TOKENS, SAMPLE_SECONDS = 80, 300  # of each sample, at most
 SHOWN_BITS = 16.0  # and more are shown alike
 
 
@@ -51,25 +54,12 @@ class Passage(NamedTuple):
     units: list
 
 
-def trainer():
-    sys.path.insert(0, str(ROOT))
-    import train_gpt  # slow to import
-
-    return train_gpt
-
-
-def load_model(path):
-    """The model of an artifact; UserError if it is not a whole one that this train_gpt.py reads."""
-    try:
-        return trainer().load_artifact(Path(path).read_bytes())[0]
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def layers_of(model):
     """The Layers of a frozen model, in the artifact's order."""
+    import train_gpt  # slow to import
+
     matrices, scales, others = [], {}, []
-    for name, module, p, role in trainer().saved_parameters(model):
+    for name, module, p, role in train_gpt.saved_parameters(model):
         if p.ndim != 2 or role.storage == "control":
             others.append(p.numel())
         elif role.storage != "ternary":
@@ -101,12 +91,7 @@ def held_out_tokens(folder):
 
 def text_tokens(path, tokenizer):
     """The first tokens of a text file, as one document."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file") from None
-    start = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-    ids = [*start, *tokenizer.encode(text)]
+    ids = tokenizer.document(read_text(path))
     if len(ids) <= LEAST_TOKENS:
         raise UserError(f"{path}: {len(ids)} tokens, expected more than {LEAST_TOKENS}")
     return ids[: MOST_TOKENS + 1]
@@ -116,11 +101,13 @@ def token_bits(model, ids):
     """Bits of each token after the first, at temperature 1; windows overlap by half, so that each has text before it."""
     import torch
 
+    import train_gpt
+
     tokens, count, window = torch.tensor(ids), len(ids) - 1, model.cfg.train_seq_len
-    starts, firsts = trainer().window_plan(count, window, max(1, window // 2))
+    starts, firsts = train_gpt.window_plan(count, window, max(1, window // 2))
     jobs, bits = list(zip(starts.tolist(), firsts.tolist(), strict=True)), []
     size = max(1, BATCH_TOKENS // window)
-    with torch.no_grad(), trainer().rounded_once(model):
+    with torch.no_grad(), train_gpt.rounded_once(model):
         for i in range(0, len(jobs), size):
             batch = [tokens[start : start + window + 1] for start, _ in jobs[i : i + size]]
             rows = torch.stack(batch)  # windows are equally long; a text shorter than one is a single window
@@ -129,26 +116,18 @@ def token_bits(model, ids):
     return [x / math.log(2) for x in bits]
 
 
-def load_tokenizer(path, vocab_size):
-    """(the SentencePiece model, the bytes of its pieces); UserError unless it has `vocab_size` pieces."""
-    try:
-        return trainer().load_tokenizer(str(path)), trainer().ByteTable.load(str(path), vocab_size)
-    except ValueError as error:
-        raise UserError(error) from None
-
-
-def passages_of(ids, bits, tokenizer, table):
+def passages_of(ids, bits, tokenizer):
     """Passages of PASSAGE_TOKENS tokens, none across the edge of a document, from the hardest to the easiest."""
     import torch
 
-    tokens = torch.tensor(ids)
+    tokens, table = torch.tensor(ids), tokenizer.table
     sizes, edges = table.count(tokens[:-1], tokens[1:]).tolist(), table.edge[tokens].tolist()
     found, begin = [], 1
     for end in range(1, len(ids) + 1):
         if end == len(ids) or edges[end] or end - begin == PASSAGE_TOKENS:
             size = sum(sizes[begin - 1 : end - 1])
             if end - begin >= LEAST_TOKENS and size:
-                units = units_of([tokenizer.id_to_piece(i) for i in ids[begin:end]], bits[begin - 1 : end - 1])
+                units = units_of([tokenizer.pieces.id_to_piece(i) for i in ids[begin:end]], bits[begin - 1 : end - 1])
                 found.append(Passage(sum(bits[begin - 1 : end - 1]) / size, units))
             begin = end + (end < len(ids) and edges[end])
     return sorted(found, key=lambda passage: -passage.bits_per_byte)
@@ -174,6 +153,31 @@ def extremes(passages):
     """(hardest, easiest) of passages in that order; no passage is both."""
     count = min(PASSAGES, len(passages) // 2)
     return passages[:count], passages[len(passages) - count :][::-1]
+
+
+# -------------------------------------------------------------------------------------------------- samples
+
+
+def samples_of(loaded, tokenizer, prompts):
+    """(prompt, what the model writes after it) with the seeds 1, 2, ...; UserError where there is nothing to begin with."""
+    import torch
+
+    import train_gpt
+
+    options = sample.parse_arguments(["artifact", "--tokens", str(SAMPLE_TOKENS)])
+    model = copy.deepcopy(loaded.model)  # the sampler's cache changes how it computes
+    with train_gpt.rounded_once(model):
+        context = sample.Context(model)
+        for seed, prompt in enumerate(prompts, 1):
+            if not tokenizer.document(prompt):
+                raise UserError(f"{tokenizer.path}: no piece begins a document; --prompt TEXT gives one")
+            context.restart()
+            until, text = time.monotonic() + SAMPLE_SECONDS, ""
+            for piece in sample.continuation(context, tokenizer, prompt, options, torch.Generator().manual_seed(seed)):
+                text += piece
+                if time.monotonic() > until:
+                    break
+            yield prompt, text
 
 
 if __name__ == "__main__":

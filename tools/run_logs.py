@@ -7,14 +7,12 @@ For compliance.py and make_submission.py; this file is no command. A log begins 
 import functools
 import json
 import math
-import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import command_line
-from shard_io import UserError
+from shard_io import UserError, sha256_file
 
 BUDGET_BYTES = 16_000_000  # decimal; code and artifact together
 MOST_DIGITS = 20  # of a whole number: 64 bits
@@ -137,8 +135,10 @@ def check_result(run):
         need(run, "result", name, (int, float), "a number of at least 0", 0)
     for name in texts:
         need(run, "result", name, str, "a text")
-    for names, kinds, expected in ((SLIDING, (int, float), "a number of at least 0"), (MAYBE_COUNTS, int, "a whole number"),
-                                   (MAYBE_TEXTS, str, "a text")):  # fmt: skip
+    # an evaluation may have what a training must have; where it is there, it is of its kind
+    maybe = ((MEASURES + SLIDING, (int, float), "a number of at least 0"), (COUNTS + MAYBE_COUNTS, int, "a whole number"),
+             (TEXTS + MAYBE_TEXTS, str, "a text"))  # fmt: skip
+    for names, kinds, expected in maybe:
         for name in (name for name in names if run.result.get(name) is not None):
             need(run, "result", name, kinds, expected)
     if len(present := [name for name in SLIDING if run.result.get(name) is not None]) == 1:
@@ -167,6 +167,21 @@ def check_same(runs):
                 raise UserError(f"{run.log} and {first.log}: different settings: {name} is {ours!r} and {theirs!r}")
 
 
+def places_of(run, name):
+    """The paths that a log's path (`artifact_path`, `data_path`, ...) may mean: from here, and from the folder above its logs.
+    The result line's comes first: it says where an artifact came to be."""
+    noted = [values.get(name) for values in (run.result, run.config)]
+    paths = [Path(path) for path in noted if isinstance(path, str) and path and "\0" not in path]
+    return list(dict.fromkeys(place for path in paths for place in (path, run.log.resolve().parent.parent / path)))
+
+
+def find_artifact(run, given=()):
+    """The run's artifact, by its SHA-256, among the `given` files, else where the log says; None if it is not there."""
+    digest = run.result.get("artifact_sha256")
+    there = [path for path in given or places_of(run, "artifact_path") if path.is_file()]
+    return next((path for path in there if digest and sha256_file(path) == digest), None)
+
+
 def scored_by(runs):
     """The prefix of the reported figures: the sliding score where every run has it, else the round trip's."""
     has_sliding = all(run.result.get(name) is not None for run in runs for name in SLIDING)
@@ -178,22 +193,6 @@ def scored_by(runs):
 
 # whose options have one spelling
 OneLineParser = functools.partial(command_line.OneLineParser, allow_abbrev=False)
-
-
-def start(main):
-    """Run a tool's main and end with its code. A console that lacks a character gets its escape; a reader that has gone away
-    (`| head`) and Ctrl-C end it without a traceback, as they end other programs."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to write the rest at its end
-        code = 141
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from model_files import ROOT, answer
-from run_logs import FREE_SETTINGS, OneLineParser, last_line, parse_object, read_run, scored_by, start
+from command_line import BadArguments, read_preset, run_command, start
+from model_files import ROOT
+from run_logs import FREE_SETTINGS, OneLineParser, last_line, parse_object, read_run, scored_by
 from shard_io import UserError
 
 PLACES = {"data_path", "tokenizer_path", "checkpoint_dir"}  # whose values say where, not what; `compare` names them
@@ -97,8 +98,8 @@ def presets():
 
     kinds, found = train_gpt.setting_kinds(train_gpt.Config), {}
     for path in sorted(ROOT.glob("configs/*.env")):
-        pairs = [line.split("=", 1) for line in path.read_text().splitlines() if line and line[0] != "#"]
-        found[path.stem] = {k.lower(): train_gpt.parse_setting(k, v, kinds[k.lower()]) for k, v in pairs if k.lower() not in PLACES}
+        own = {k.lower(): v for k, v in read_preset(path).items() if k.lower() not in PLACES}
+        found[path.stem] = {name: train_gpt.parse_setting(name.upper(), v, kinds[name]) for name, v in own.items()}
     return found
 
 
@@ -245,7 +246,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    return answer(lambda: do(options))
+    return run_command(lambda: do(options), UserError, BadArguments)
 
 
 def do(options):

@@ -20,8 +20,9 @@ import sys
 import time
 from functools import partial
 
-from model_files import answer, load_model, load_tokenizer, shown
-from run_logs import OneLineParser, start
+from command_line import run_command, start
+from model_files import load_model, load_tokenizer, shown
+from run_logs import OneLineParser
 from shard_io import UserError
 
 CHECKED_TOKENS = 6  # on which a model is computed both ways before the cache is trusted
@@ -303,7 +304,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
-    return answer(lambda: write_text(options))
+    return run_command(lambda: write_text(options), UserError)
 
 
 def write_text(options):

@@ -109,6 +109,30 @@ def sync(file):
     os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A name to write to: when the block ends, what is there takes the place of `path` at once, and is on the disk. If the
+    block raises, `path` is as it was; UserError, naming it, where it cannot be written. Its folder is made."""
+    partial = path.with_name(f".partial.{os.getpid()}")  # no longer than any name may be
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as file:
+            sync(file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a file in UTF-8, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_bytes(path, data):
     """Write `data` into a staged folder."""
     with open(path, "wb") as file:
