@@ -376,7 +376,7 @@ def test_a_path_that_the_system_refuses_is_one_line(name, data_dir, run_here):
 
 def test_a_score_that_fails_costs_the_score_and_not_the_model(data_dir, tmp_path, run_here, monkeypatch):
     """As a compiler may fail at a shape that it has not met before."""
-    def fails(*_):
+    def fails(*_, **__):
         raise TypeError("list indices must be integers")
 
     monkeypatch.setattr(train_gpt, "evaluate", fails)

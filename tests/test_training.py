@@ -126,7 +126,7 @@ def test_the_default_has_no_hook_and_those_there_are_do_nothing_of_themselves():
 
 
 def test_validation_on_the_way_is_outside_the_clock(data_dir, monkeypatch):
-    monkeypatch.setattr(train_gpt, "evaluate", lambda *_: (time.sleep(1), (2.5, 1.25))[1])
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *_, **__: (time.sleep(1), (2.5, 1.25))[1])
     cfg, log = tiny_config(data_path=data_dir, iterations=3, warmup_steps=2, val_loss_every=1, temp_scaling=0), silent_log()
     run = train(fresh_model(cfg), cfg, World(), log, None)
     assert run["train_time_s"] < 1  # of more than two seconds
