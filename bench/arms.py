@@ -139,7 +139,7 @@ SYSTEMS = {
     "default": Arm(f"{SHAPE} EMBED_DIM=48",
                    "10 x 768: two blocks a side of the U, two query heads a KV head, E a third of D"),
     "fast": Arm(f"{SHAPE} EMBED_DIM=48", "as the default; one layer of the four without attention", "fast"),
-    "embed448": Arm(f"{SHAPE} EMBED_DIM=80", "an embedding wider by three quarters", "embed448"),
+    "recipe": Arm(f"{SHAPE} EMBED_DIM=72", "four sevenths of D, as the preset", "recipe"),
     "pr640": Arm(f"{SHAPE} EMBED_DIM=48", "as the default", "pr640"),
     "pr920": Arm(f"{SHAPE} EMBED_DIM=56", "an embedding wider than #640's", "pr920", 6533),
     "pr641": Arm(f"{SHAPE} NUM_LAYERS=6 EMBED_DIM=48", "half as many layers again as #640", "pr641", 50_000),

@@ -2,6 +2,7 @@
 # Everything that waits for a GPU: one command, a stage at a time. Figures go to $OUT (default: data/gpu_queue), at most 8 files.
 #
 #   DATA_PATH=SHARDS bash bench/gpu_queue.sh first       what matters most, within 9 minutes; its parts are listed below
+#   DATA_PATH=SHARDS bash bench/gpu_queue.sh recipe      configs/recipe.env against pr640.env, TRAIN_SECONDS=120 each, within 9 minutes
 #   CORPUS=FOLDER bash bench/gpu_queue.sh STAGE...
 #
 #   parity    losses and gradients on the GPU against the CPU; the kernels' tests on the GPU                      2 min
@@ -16,6 +17,9 @@
 # Minutes are what a stage is expected to take on one H100, not measured yet. LIMIT_S (default 585; first: 540) ends a stage
 # that takes longer; what fails is reported at the end and the rest goes on. BASELINE=FOLDER: another checkout, beside this
 # one in step, levers and eval.
+#
+# recipe trains both with the same SEED (42) on the same tokens, scores the first 1,048,576 targets, chunked and in windows 256
+# apart, and ends with one line: the difference. Half of the time is each one's.
 #
 # first, on one H100; seconds are budgeted, not measured yet. A part is ended at its most; with another LIMIT_S all of them
 # change in proportion. What a part has printed is in $OUT/first.txt as soon as it ends; the tables come last.
@@ -56,14 +60,15 @@ python=${PYTHON:-python3} out=${OUT:-data/gpu_queue} corpus=${CORPUS:-}
 against=(${BASELINE:+--against "$BASELINE"})
 stages=(parity step levers eval kernels train systems)
 [[ "$*" != -h && "$*" != --help ]] || { show_usage && exit; }
-[[ $# -gt 0 ]] || die "a stage is missing: first, ${stages[*]} or all"
+[[ $# -gt 0 ]] || die "a stage is missing: first, recipe, ${stages[*]} or all"
 [[ "$*" == all ]] && set -- "${stages[@]}"
+alone=$([[ "$*" == first || "$*" == recipe ]] && echo "$*") # a stage that is the whole call
 for stage; do
-  [[ " ${stages[*]} " == *" $stage "* || "$*" == first ]] || die "$stage: expected first alone, ${stages[*]} or all"
+  [[ " ${stages[*]} " == *" $stage "* || $alone ]] || die "$stage: expected first or recipe alone, ${stages[*]} or all"
 done
-limit_s=${LIMIT_S:-$([[ "$*" == first ]] && echo 540 || echo 585)}
+limit_s=${LIMIT_S:-$([[ $alone ]] && echo 540 || echo 585)}
 [[ $limit_s =~ ^[1-9][0-9]{0,5}$ ]] || die "LIMIT_S=$limit_s: expected seconds"
-if [[ "$*" == first && -n ${DATA_PATH:-} ]]; then
+if [[ $alone && -n ${DATA_PATH:-} ]]; then
   compgen -G "$DATA_PATH/fineweb_train_*.bin" >/dev/null || die "DATA_PATH=$DATA_PATH: expected a folder with fineweb_train_*.bin in it"
   export DATA_PATH TOKENIZER_PATH=${TOKENIZER_PATH:-$DATA_PATH/tokenizer.model}
   [[ -f $TOKENIZER_PATH ]] || die "TOKENIZER_PATH=$TOKENIZER_PATH: no such file"
@@ -72,8 +77,8 @@ else
 fi
 mkdir -p "$out"
 report=() settings=() # of the parts with bench/step.py
-figures=$out/$([[ "$*" == first ]] && echo first || echo figures).jsonl
-[[ "$*" != first ]] || rm -f "$figures" "$out/first.txt" # the table is made from what this call has measured
+figures=$out/${alone:-figures}.jsonl
+[[ -z $alone ]] || rm -f "$figures" "$out/$alone.txt" # the table is made from what this call has measured
 
 # make_shards VOCAB: data/queue_spVOCAB, unless it is there; sets the variables of the trainer
 make_shards() {
@@ -216,6 +221,15 @@ stage_first() {
   run table 5 "$python" bench/gpu_table.py "$figures"
 }
 
+stage_recipe() {
+  export SLIDING_EVAL_STRIDE=256 VAL_MAX_TOKENS=1048576 MAX_WALLCLOCK_SECONDS=${TRAIN_SECONDS:-120} SEED=${SEED:-42}
+  stage_end=$((stage_end - 10)) # for the line
+  with_preset configs/pr640.env train "train pr640" "$(most 265)"
+  with_preset configs/recipe.env train "train recipe" "$(most 265)"
+  stage_end=$((stage_end + 10))
+  run line 5 "$python" bench/gpu_table.py --recipe "$figures"
+}
+
 stage_systems() {
   local name seconds=${SYSTEM_SECONDS:-120} results=data/queue_systems
   local systems=("$python" bench/arms.py systems --data data/queue_sp --out "$results")
@@ -229,7 +243,7 @@ stage_systems() {
   done >>"$out/logs.txt"
 }
 
-[[ "$*" == first && -n ${DATA_PATH:-} ]] || make_shards 8192 || die "no shards of the vocabulary of 8192"
+[[ $alone && -n ${DATA_PATH:-} ]] || make_shards 8192 || die "no shards of the vocabulary of 8192"
 stage_end=$((SECONDS + limit_s))
 for stage; do
   file=${stage/levers/step} # $OUT may hold eight files
