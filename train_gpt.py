@@ -6025,6 +6025,13 @@ def main() -> int:
         return exit_code(signal.Signals[stopped_by])
     return 0 if result.get("replicas_agree", True) else 1
 
+def tell_torchrun(text: str) -> None:
+    """Its own report, thirty lines that come last, quotes what this file holds."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": report}), encoding="utf-8")
+
 def run(arguments: list[str]) -> int:
     """main(), with a user's errors as one line on stderr and exit code 2; others keep their traceback."""
     try:
@@ -6038,6 +6045,7 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         if World.speaks():
             print("\r\x1b[K" * sys.stderr.isatty() + f"train_gpt.py: {error}{World.machine()}", file=sys.stderr)
+            tell_torchrun(f"train_gpt.py: {error}")
         if World.watch:
             World.watch.failed(error, rest=0 if World.speaks() else 12)
         elif not World.speaks():

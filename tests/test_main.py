@@ -259,6 +259,15 @@ child.wait()"""
     assert done.returncode == 0 and done.stderr.count("train_gpt.py: stopped by SIGTERM") == 1
 
 
+def test_torchruns_report_ends_with_the_users_mistake(data_dir, tmp_path):
+    """Our line, then torchrun's own rule: nothing of it buries what is wrong."""
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    done = launch(environment(data_dir, matrix_lr=-1), tmp_path, argv=argv)
+    *_, said, rule = done.stderr.splitlines()
+    assert done.returncode == 1 and set(rule) == {"="}
+    assert re.fullmatch(r" *traceback : train_gpt.py: MATRIX_LR=-1.0: expected .*", said), said
+
+
 def test_help_survives_a_reader_that_goes_away(tmp_path):
     code = "import subprocess, sys; child = subprocess.Popen([sys.executable, sys.argv[1], '--help'], stdout=subprocess.PIPE); " \
            "child.stdout.close(); sys.exit(child.wait())"
@@ -331,7 +340,8 @@ def test_under_torchrun_the_line_is_printed_once(data_dir, tmp_path, run_here, m
     assert second.startswith("train_gpt.py: rank 1 of 2: ") and second.removeprefix("train_gpt.py: rank 1 of 2: ") == first.removeprefix("train_gpt.py: ")
     done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)") == 1
+    said = "train_gpt.py: WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)"
+    assert sum(line.startswith(said) for line in done.stderr.splitlines()) == 1  # and again in torchrun's report
 
 
 def test_an_error_that_is_no_users_keeps_its_traceback_and_names_the_process(data_dir, run_here, monkeypatch, capsys):
