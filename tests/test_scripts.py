@@ -126,6 +126,7 @@ REFUSALS = {
     "figure missing": ([log_text(steps=None)], "steps None, expected a whole number"),
     "figure is text": ([log_text(val_bpb="1.1")], "val_bpb '1.1', expected a number"),
     "setting missing": ([log_text().replace('"model_dim"', '"d"')], "lacks model_dim"),
+    "setting without a value": ([log_text(config={"iterations": None})], "iterations None, expected a whole number"),
     "no logs": ([], "no logs"),
 }
 
