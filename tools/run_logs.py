@@ -124,7 +124,7 @@ def check_config(run):
     for name in SIZES:
         need(run, "config", name, int, "a whole number of at least 1", least=1)
     for name in ("iterations", "val_max_tokens"):
-        if run.config.get(name) is not None:
+        if name in run.config:
             need(run, "config", name, int, "a whole number")
 
 
