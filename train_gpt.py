@@ -521,12 +521,13 @@ def stop(number: int, frame: Any) -> None:  # noqa: ARG001
     raise Stopped(number)
 
 class StopRequest:
-    """Within it, the first of these signals is only noted, so that a step can end; a second one acts as usual."""
+    """Within it, the first of these signals is only noted, so that a step can end. A second one acts as usual, unless it
+    comes within AGAIN_S: a queue signals every process, and torchrun passes on what it gets. SIGUSR1 only ever warns."""
 
-    SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    SIGNALS, AGAIN_S = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), 5.0
 
     def __init__(self) -> None:
-        self.number, self._before = 0, {}
+        self.number, self._since, self._before = 0, 0.0, {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -534,8 +535,11 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: Any) -> None:  # noqa: ARG002
-        self.number = number
-        self.__exit__()
+        if self.number in (0, signal.SIGUSR1):
+            self.number, self._since = number, time.monotonic()
+        elif number != signal.SIGUSR1 and time.monotonic() - self._since > self.AGAIN_S:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -1665,9 +1669,10 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             for hook in hooks:
                 if line := hook.after_step(step, progress):
                     log(line)
-    loop.read_losses(0)
-    if progress == math.inf and not any([hook.stop() for hook in hooks]):
-        raise Stopped(request.number or signal.SIGTERM)
+        loop.read_losses(0)
+        if progress == math.inf and not any([hook.stop() for hook in hooks]):
+            world.agree(0)  # all end with rank 0, which writes the checkpoint
+            raise Stopped(request.number or signal.SIGTERM)
     stopped_by = signal.Signals(request.number).name if request.number else ""
     return end_training(model, take_step, world, loop) | {"late_graphs": late_graphs, "stopped_by": stopped_by}
 
@@ -4660,7 +4665,17 @@ def memory_bytes() -> tuple[int, int]:
             sizes += [(1024 * found[0], 1024 * found[1])] if len(found) > 1 else [(n, n) for n in found]
     return (min(all_ for all_, _ in sizes), min(free for _, free in sizes)) if sizes else (2**62, 2**62)
 
-def check_resources(model: GPT, world: World, log: Log) -> None:
+def scoring_bytes(cfg: Config, world: World, targets: int) -> int:
+    """What `evaluate` holds of the windows that a CPU's threads score at once: a block's operands and what later layers
+    get; measured: .6 to 1.1 of it."""
+    kinds = [(cfg.train_seq_len, cfg.train_seq_len, cfg.val_batch_size // world.size),
+             (cfg.score_window, cfg.score_stride, cfg.sliding_batch_size * cfg.score_window)][: 1 + cfg.sliding_eval]  # fmt: skip
+    at_once = lambda length, most: torch.get_num_threads() * max(1, min(cfg.micro_batch_tokens, most) // length)
+    tokens = max(n * max(1, min(targets // stride // world.size, at_once(n, most))) for n, stride, most in kinds)
+    kept = (12 + cfg.num_layers // 2) * cfg.model_dim + 2 * cfg.mlp_dim
+    return tokens * kept * compute_dtype(cfg.precision, world.device).itemsize
+
+def check_resources(model: GPT, world: World, log: Log, targets: int) -> None:
     """UserError where disks or, on a CPU, memory cannot hold the run; a warning where others leave too little."""
     cfg, (params, ternary) = model.cfg, count_parameters(model)
     kept = cfg.checkpoint_keep * (cfg.checkpoint_every != "0")
@@ -4675,9 +4690,9 @@ def check_resources(model: GPT, world: World, log: Log) -> None:
         at_once = min(torch.get_num_threads(), micro_batches)
         # logits are made a few rows at a time; measured: .8 to 1 of it
         token_bytes = bytes_per_token(cfg, world.device) - 24 * cfg.vocab_size
-        batch = at_once * sequences * cfg.train_seq_len * token_bytes
-        setting = "MICRO_BATCH_TOKENS" if batch > 24 * params else "NUM_LAYERS"
-        needed, (most, free) = batch + 24 * params + size * (kept > 0), memory_bytes()
+        batch, scored = at_once * sequences * cfg.train_seq_len * token_bytes, scoring_bytes(cfg, world, targets)
+        setting = "MICRO_BATCH_TOKENS" if max(batch, scored) > 24 * params else "NUM_LAYERS"
+        needed, (most, free) = max(batch, scored) + 24 * params + size * (kept > 0), memory_bytes()
         text = f"{setting}={getattr(cfg, setting.lower())}: some {needed / 2**30:.1f} GiB of memory a process"
         if needed > most:
             raise UserError(f"{text}, of {most / 2**30:.1f} GiB that the machine has; expected less")
@@ -4697,13 +4712,16 @@ class Watch:
     def __init__(self, world: World, env: Mapping[str, str]) -> None:
         self.world, self.words, self.stopped, self.beats = world, "", threading.Event(), 0
         self.silent, self.patience = self.SILENT, self.WAITING
+        first = world.rank - int(env.get("LOCAL_RANK", 0))
+        self.here = range(first, first + int(env.get("LOCAL_WORLD_SIZE", 1)))  # the processes of this machine
         self.where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         self.stores = [dist.PrefixStore(f"watch{env.get('TORCHELASTIC_RESTART_COUNT', '')}", dist.TCPStore(
             env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False)) for _ in range(2)]  # fmt: skip
         self.looks = [[-1, -1, "", 0, 0, 0] for _ in range(world.size)]  # beats, calls, words; looks since each changed
         self.say()
-        self.thread = threading.Thread(target=self.keep_looking, daemon=True)
+        self.thread, reaching = (threading.Thread(target=f, daemon=True) for f in (self.keep_looking, self.keep_reaching))
         self.thread.start()
+        reaching.start()
 
     def say(self, words: str = "") -> None:
         self.words, self.beats = self.words or words, self.beats + 1
@@ -4720,6 +4738,14 @@ class Watch:
         except RuntimeError:  # the store is gone
             time.sleep(self.FAILED * self.LOOK_S)  # if all are ending, so is this one
             self.end({0: f"{self.where} cannot be reached: rank 0, or torchrun on its machine, has ended"})
+
+    def keep_reaching(self) -> None:
+        """End this process where the store does not answer: over a cut cable its calls wait for a quarter of an hour."""
+        beats, same = -1, 0
+        while not self.stopped.wait(self.LOOK_S):
+            beats, same = self.beats, same + 1 if self.beats == beats else 0
+            if same >= self.SILENT:
+                self.end({0: f"{self.where} cannot be reached: no answer for {same * self.LOOK_S:.0f} s"})
 
     def missing(self, states: list[tuple[int, int, str, str]]) -> dict[int, str]:
         """Rank -> what is the matter with it."""
@@ -4740,11 +4766,10 @@ class Watch:
         return found
 
     def end(self, missing: dict[int, str]) -> None:
-        """End this process; the first of those that are not missing says why."""
+        """End this process; on each machine the first of those that are not missing says why."""
         if self.stopped.is_set():
             return
-        others = [rank for rank in range(self.world.size) if rank not in missing]
-        if others and self.world.rank == others[0]:
+        if next((rank for rank in self.here if rank not in missing), -1) == self.world.rank:
             print(f"train_gpt.py: {'; '.join(missing.values())}", file=sys.stderr, flush=True)
         else:
             time.sleep(3 * self.LOOK_S)  # torchrun ends every process with the first one that does
@@ -5937,7 +5962,7 @@ def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: Validat
     micro_batches, _ = batch_layout(cfg, world.size)
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} "
         f"kv:{cfg.num_kv_heads} ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
-    check_resources(model, world, log)
+    check_resources(model, world, log, val.num_targets)
     try:
         run = train(model, cfg, world, log, val)
     except torch.OutOfMemoryError as error:
@@ -6062,6 +6087,7 @@ def run_until_stopped(arguments: list[str]) -> int:
     """run(); after SIGINT and SIGTERM one line and exit code 130 or 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # warns of a time limit, which means something to a loop of steps
     for stream in (sys.stdout, sys.stderr):
         if stream:
             stream.reconfigure(errors="backslashreplace")  # for a console that cannot show the characters of a path

@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in (".", "../tools", "../bench")]
 
@@ -39,6 +39,7 @@ STEPS, EVERY = 30, 4  # of a run, between two checkpoints
 KEPT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
 LIMIT_S = 300  # of one run, on a core that others use too
 ARTIFACT = "model.ptz"
+MOST_DRAWS = 20  # of a moment that comes before the run's end
 
 
 class Row(NamedTuple):
@@ -84,11 +85,24 @@ def start(env: dict[str, str], folder: Path, processes: int = 1, restarts: int =
         return subprocess.Popen([*before, sys.executable, *words], cwd=folder, env=clean | env, stdout=out, stderr=err, start_new_session=True)
 
 
-def kill_all(child: subprocess.Popen) -> None:
-    """The machine goes away: every process of the run, at once."""
-    for pid in family(child.pid):
+def kill_those(pids: list[int]) -> bool:
+    """SIGKILL to each, at once; whether the first was still running (no zombie)."""
+    ran = bool(pids) and running(pids[0])
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return ran
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def kill_all(child: subprocess.Popen) -> None:
+    """The machine goes away: every process of the run."""
+    kill_those(family(child.pid))
     child.wait()
 
 
@@ -171,7 +185,7 @@ def kills(place: Path, data: Path, count: int | None, seed: int, first: int = 0)
     """Killed at a random moment and gone on with, a run ends with the bytes of one that never was."""
     rng, expected, failures = random.Random(seed), {}, []
     tried: dict[str, list[bool]] = {}
-    partials = 0
+    partials = too_late = 0
     for number in range(first, first + (50 if count is None else count)):
         preset, processes = PRESETS[number // 2 % len(PRESETS)], 1 + number % 2
         env = settings(preset, data)
@@ -180,24 +194,24 @@ def kills(place: Path, data: Path, count: int | None, seed: int, first: int = 0)
             code = finish(start(env | {"CHECKPOINT_EVERY": "0"}, whole, processes))
             expected[preset, processes] = digest(whole)
             check(failures, f"a whole run of {preset} on {processes}", code == 0, text(whole))
-        moment, folder = draw_moment(rng, number // 2), place / f"kill {number}"
         one = processes > 1 and rng.random() < 0.5  # of two processes: torchrun starts both anew
-        child = start(env, folder, processes, restarts=2 * one)
-        wait_until(moment, child, folder)
-        ranks = family(child.pid)[1:]
-        if one and len(ranks) >= 2 and child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(ranks), signal.SIGKILL)
-            partials += bool(partial_files(folder))
-            code = finish(child)
-        else:
-            ended = child.poll() is not None
-            kill_all(child)
-            partials += bool(partial_files(folder))
-            code = 0 if ended else finish(start(env, folder, processes))
+        for again in range(MOST_DRAWS):
+            moment, folder = draw_moment(rng, number // 2), place / f"kill {number}.{again}"
+            child = start(env, folder, processes, restarts=2 * one)
+            wait_until(moment, child, folder)
+            ranks = family(child.pid)[1:]
+            victims = ([rng.choice(ranks)] if len(ranks) >= 2 else []) if one else family(child.pid)
+            if killed := child.poll() is None and kill_those(victims):
+                break
+            too_late += 1  # it had ended: no kill, drawn again
+            finish(child)
+        partials += bool(partial_files(folder))
+        if not one and killed:
+            child.wait()
+        code = finish(child) if one else finish(start(env, folder, processes))
         kind = f"{moment.kind}, {processes} process{'es' * (processes > 1)}{', one killed' * one}"
-        what = f"kill {number}: {preset}, {kind} {moment}: exit code {code}"
-        held = check(failures, what, code == 0 and digest(folder) == expected[preset, processes] != "none", text(folder))
+        what = f"kill {number}: {preset}, {kind} {moment}: killed {killed}, exit code {code}"
+        held = check(failures, what, killed and code == 0 and digest(folder) == expected[preset, processes] != "none", text(folder))
         tried.setdefault(kind, []).append(held)
         print(f"kill {number}: {preset}, {kind}, step {moment.step}: {'equal' if held else 'LOST'}", flush=True)
         if held:
@@ -205,7 +219,7 @@ def kills(place: Path, data: Path, count: int | None, seed: int, first: int = 0)
     for kind in sorted(tried):
         yield Row("kills", kind, sum(tried[kind]), len(tried[kind]))
     yield Row("kills", "whole runs to compare with", len(expected) - sum("whole" in f for f in failures), len(expected),
-              f"{partials} kills left a half-written checkpoint")  # fmt: skip
+              f"{partials} kills left a half-written checkpoint; {too_late} runs had ended before theirs, which was drawn again")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- a full disk
@@ -322,21 +336,67 @@ def ranks(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row
 
 
 def hosts(place: Path, data: Path, count: int | None, seed: int) -> Iterator[Row]:  # noqa: ARG001
-    """The cable between two hosts is cut: the run ends on both."""
+    """Two hosts by examples/two_nodes.sh: the cable between them is cut, or the second one stands still."""
     import nodes
 
-    env, folders, failures = settings("default", data, iterations=10**6), [place / name for name in "ab"], []
-    try:
-        with nodes.hosts() as made:
-            both = [made.start(host, folder, env) for host, folder in enumerate(folders)]
-            wait_for(both[0], lambda: b"\nstep:3/" in (folders[0] / "out").read_bytes())
-            made.link("down")
-            codes = nodes.wait_all(both, ENDED_S)
-    except OSError as error:
-        yield Row("hosts", f"not tried: {error}", 0, 0)
-        return
-    held = check(failures, f"cable cut: exit codes {codes}", all(code not in (0, None) for code in codes), text(folders[0]) + text(folders[1]))
-    yield Row("hosts", "the cable is cut", int(held), 1, f"exit codes {codes}")
+    for what, held, note in (("the cable is cut", cable_is_cut, "both end"), ("the second host is frozen", host_is_frozen, "the first ends, the second once it runs again")):
+        try:
+            with nodes.hosts() as made:
+                yield Row("hosts", what, *held(made, place / what, settings("default", data, iterations=10**6)), note)
+        except OSError as error:
+            yield Row("hosts", f"{what}: not tried: {error}", 0, 0)
+
+
+def two_hosts(made: Any, place: Path, env: dict[str, str]) -> tuple[list[subprocess.Popen], list[Path]]:
+    """Both have trained for three steps. Each writes to a folder of its own."""
+    folders = [place / name for name in "ab"]
+    paths = [{"LOG_DIR": str(f / "logs"), "ARTIFACT_PATH": str(f / ARTIFACT), "CHECKPOINT_DIR": str(f / "checkpoints")} for f in folders]
+    same = {"CHECKPOINT_DIR": str(place / "checkpoints")}  # which is compared
+    both = [made.start(host, folder, env | own | same, script=True) for host, (folder, own) in enumerate(zip(folders, paths, strict=True))]
+    wait_for(both[0], lambda: b"\nstep:3/" in (folders[0] / "out").read_bytes())
+    return both, folders
+
+
+def said_within(folder: Path, words: str, seconds: float) -> bool:
+    """Whether a line of train_gpt.py with these words comes in that time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if any(line.startswith("train_gpt.py: ") and words in line for line in text(folder).splitlines()):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def cable_is_cut(made: Any, place: Path, env: dict[str, str]) -> tuple[int, int]:
+    """Each host names what it misses within a minute, and ends within two."""
+    import nodes
+
+    both, folders = two_hosts(made, place, env)
+    made.link("down")
+    began = time.monotonic()
+    named = [said_within(folders[0], "rank 2 of 4", 60), said_within(folders[1], "cannot be reached", max(1, began + 60 - time.monotonic()))]
+    codes = nodes.wait_all(both, began + ENDED_S - time.monotonic())
+    shown = f"cable cut: named {named}, exit codes {codes}, {time.monotonic() - began:.0f} s"
+    print(shown, flush=True)
+    return int(check([], shown, all(named) and all(code not in (0, None) for code in codes), text(folders[0]) + text(folders[1]))), 1
+
+
+def host_is_frozen(made: Any, place: Path, env: dict[str, str]) -> tuple[int, int]:
+    """SIGSTOP to all of the second host: the first names it within a minute and ends; running again, the second ends too."""
+    import nodes
+
+    both, folders = two_hosts(made, place, env)
+    frozen, began = family(both[1].pid), time.monotonic()
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    named = said_within(folders[0], "rank 2 of 4", 60)
+    codes = nodes.wait_all(both[:1], began + ENDED_S - time.monotonic())
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    codes += nodes.wait_all(both[1:], ENDED_S)
+    shown = f"second host frozen: named {named}, exit codes {codes}, {time.monotonic() - began:.0f} s"
+    print(shown, flush=True)
+    return int(check([], shown, named and all(code not in (0, None) for code in codes), text(folders[0]) + text(folders[1]))), 1
 
 
 # -------------------------------------------------------------------------------------------------- damaged inputs

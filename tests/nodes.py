@@ -25,17 +25,21 @@ class Hosts:
         """The cable "up" or "down"."""
         ip("-n", self.names[0], "link", "set", self.names[0], state)
 
-    def start(self, host: int, folder: Path, env: dict[str, str], *, nodes: int = 2, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
-        """torchrun of one host in a folder, its output in `out` and `err` there."""
+    def start(self, host: int, folder: Path, env: dict[str, str], *, nodes: int = 2, processes: int = 2, script: bool = False) -> subprocess.Popen:
+        """torchrun of one host in a folder, by examples/two_nodes.sh if `script`; its output in `out` and `err` there."""
         folder.mkdir(parents=True, exist_ok=True)
         # both have one host name, so addresses and the store's place are said
-        command = ["ip", "netns", "exec", self.names[host], sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
-                   f"--nproc-per-node={processes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29700", f"--rdzv-conf=is_host={1 - host}",
-                   f"--local-addr={ADDRESSES[host]}", f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "train_gpt.py")]  # fmt: skip
+        own = [f"--rdzv-conf=is_host={1 - host}", f"--local-addr={ADDRESSES[host]}", "--monitor-interval=0.1"]
+        words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}", "--rdzv-backend=c10d",
+                 f"--rdzv-endpoint={ADDRESSES[0]}:29700", "--max-restarts=0", *own, str(ROOT / "train_gpt.py")]  # fmt: skip
+        if script:
+            words = ["bash", str(ROOT / "examples/two_nodes.sh"), *own]
         clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
-        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.names[host], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        clean |= {"HEAD": ADDRESSES[0], "PORT": "29700", "NODES": str(nodes), "GPUS": str(processes), "RESTARTS": "0", "TRAIN_PYTHON": sys.executable}
+        clean |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.names[host], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(folder / "out", "ab") as out, open(folder / "err", "ab") as err:
-            return subprocess.Popen(command, cwd=folder, env=clean | own | env, stdout=out, stderr=err, start_new_session=True)
+            return subprocess.Popen(["ip", "netns", "exec", self.names[host], *words], cwd=folder, env=clean | env, stdout=out, stderr=err,
+                                    start_new_session=True)  # fmt: skip
 
 
 def ip(*words: str) -> None:

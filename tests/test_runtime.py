@@ -190,7 +190,7 @@ def test_too_little_memory_is_known_before_training(settings, machine, said, tmp
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     try:
-        train_gpt.check_resources(model, World(), Log(cfg, World()))
+        train_gpt.check_resources(model, World(), Log(cfg, World()), 1000)
         found = capsys.readouterr().out
     except UserError as error:
         found = f"{error}\n"
@@ -217,6 +217,39 @@ print(t.peak_memory_bytes(cpu) - before)"""
     measured = int(launch({}, tmp_path, argv=["-c", script]).stdout)
     expected = 24 * params + 4096 * (train_gpt.bytes_per_token(cfg, torch.device("cpu")) - 24 * cfg.vocab_size)
     assert 0.5 < measured / expected < 1.3
+
+
+SCORED = ({"model_dim": 256, "num_layers": 4}, {"model_dim": 512, "num_layers": 2, "micro_batch_tokens": 8192})
+
+
+def test_the_memory_of_a_score_is_about_what_is_expected(tmp_path):
+    """The peak of a process of its own against the estimate, two shapes, chunked and sliding."""
+    more = {"embed_dim": 64, "train_seq_len": 256, "yarn_max_len": 256, "train_batch_tokens": 8192, "val_batch_size": 2**16}
+    shapes = [dataclasses.asdict(tiny_config(**{"micro_batch_tokens": 4096} | more | shape)) for shape in SCORED]
+    script = f"""import sys; sys.path[:0] = [{str(ROOT)!r}]
+import ctypes, torch, train_gpt as t
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+for shape in {shapes!r}:
+    cfg = t.Config(**shape)
+    model = t.GPT(cfg).use(t.fast_ops(cfg, cpu))
+    for stride, count in ((0, 2 * cfg.micro_batch_tokens), (64, 256 + 64 * (cfg.micro_batch_tokens // 256))):
+        val = t.ValidationSet(torch.randint(cfg.vocab_size, (count + 1,)), 4 * count)
+        with t.rounded_once(model):
+            ctypes.CDLL(None).malloc_trim(0)
+            open("/proc/self/clear_refs", "w").write("5")  # VmHWM = VmRSS
+            before = t.peak_memory_bytes(cpu)
+            t.score_targets(model, val, cfg, t.World(), stride)
+        print((t.peak_memory_bytes(cpu) - before) / t.scoring_bytes(cfg, t.World(), count))"""
+    measured = [float(line) for line in launch({}, tmp_path, argv=["-c", script]).stdout.split()]
+    assert len(measured) == 4 and all(0.5 < ratio < 1.3 for ratio in measured), measured
+
+
+def test_what_is_scored_at_once_bounds_the_memory_of_a_score():
+    """One window at least, however small a micro-batch is; no more windows than there are."""
+    size = lambda targets, n=64, **more: train_gpt.scoring_bytes(tiny_config(train_seq_len=n, yarn_max_len=n, train_batch_tokens=8192, **more), World(), targets)
+    assert size(10) == size(64, sliding_eval=0) > 0
+    assert size(640, sliding_eval=0) * 2 == size(1280, sliding_eval=0)
 
 
 def test_a_machine_has_the_memory_that_its_system_says():

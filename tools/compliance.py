@@ -96,8 +96,8 @@ def find_lines(run):
     """{name: index of the last line of its kind, or None}"""
     found = {}
     for name, pattern in expected_lines(run):
-        hits = [i for i, line in enumerate(run.lines) if re.match(pattern, line)]
-        found[name] = hits[-1] if hits else None
+        matches = re.compile(pattern).match
+        found[name] = next((i for i in reversed(range(len(run.lines))) if matches(run.lines[i])), None)
     return found
 
 
