@@ -4941,12 +4941,13 @@ class Follower(View):
             print(text, end="", file=sys.stderr, flush=True)
 
     def draw(self) -> None:
-        while not self.ended.wait(0.2):
+        while not self.ended.is_set():
             with self.lock:
                 if self.interrupted and self.now.share >= 1:  # a validation has ended
                     self.now, self.interrupted = self.interrupted, None
                 if not self.ended.is_set():
                     self.write(f"\r{self.now.text(self.columns() - 1, self.val_bpb, self.meter)}\x1b[J\r")
+            self.ended.wait(0.2)
 
     def phase(self, name: str, *training: Any) -> Callable[[float], None]:
         self.interrupted, self.now = self.now if self.now.loop else None, Phase(name, self.peak, *training)

@@ -311,7 +311,10 @@ class Quiet:
 
     def __call__(self, *_: object) -> None: ...
 
-    warn = progress = __call__
+    warn = __call__
+
+    def __init__(self, view: object) -> None:
+        self.view = view
 
 
 def checkpoints(place: Place) -> list[bytes]:
@@ -322,7 +325,7 @@ def checkpoints(place: Place) -> list[bytes]:
     for i, more in enumerate(({}, STATEFUL)):
         cfg = place.config(**more, checkpoint_every=1, run_id=f"c{i}", checkpoint_dir=place.folder / f"c{i}")
         torch.manual_seed(0)
-        t.train(t.GPT(cfg).use(t.fast_ops(cfg, torch.device("cpu"))), cfg, t.World(), Quiet(), None)
+        t.train(t.GPT(cfg).use(t.fast_ops(cfg, torch.device("cpu"))), cfg, t.World(), Quiet(t.View()), None)
         found.append((Path(cfg.checkpoint_dir) / f"c{i}_00000001.ckpt").read_bytes())
     return found
 
@@ -365,7 +368,7 @@ def resume(place: Place) -> Target:
         path.write_bytes(data)
         step = steps[b"hook.Averaging" in data]
         with t.rounded_once(step.model):
-            loop = t.Loop(step.cfg, world, Quiet())
+            loop = t.Loop(step.cfg, world, Quiet(t.View()))
             for hook in step.hooks:
                 hook.begin(loop)
 

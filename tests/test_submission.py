@@ -16,6 +16,7 @@ import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
+import command_line
 import compliance
 import make_submission
 import numpy as np
@@ -1044,7 +1045,7 @@ def test_a_tool_that_is_interrupted_or_loses_its_reader_ends_without_a_traceback
 
     for main, code in ((interrupted, 130), (broken, 141), (lambda: print("\xb1", file=sys.stderr) or 3, 3)):
         with pytest.raises(SystemExit) as end:
-            run_logs.start(main)
+            command_line.start(main)
         assert end.value.code == code
     sys.stderr.flush()
     assert sys.stderr.buffer.getvalue() == b"\\xb1\n"
