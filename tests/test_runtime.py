@@ -249,7 +249,7 @@ def test_what_is_scored_at_once_bounds_the_memory_of_a_score():
     """One window at least, however small a micro-batch is; no more windows than there are."""
     size = lambda targets, n=64, **more: train_gpt.scoring_bytes(tiny_config(train_seq_len=n, yarn_max_len=n, train_batch_tokens=8192, **more), World(), targets)
     assert size(10) == size(64, sliding_eval=0) > 0
-    assert size(640, sliding_eval=0) * 2 == size(1280, sliding_eval=0)
+    assert size(256, sliding_eval=0) * 2 == size(512, sliding_eval=0)
 
 
 def test_a_machine_has_the_memory_that_its_system_says():
