@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,12 +19,14 @@ from conftest import ROOT, TINY, fresh_model, on_processes, tiny_config
 import train_gpt
 from train_gpt import UserError, World
 
+LOOKS = LOOK_S, SILENT, FAILED, TRAINING = 0.25, 8, 4, 8  # instead of Watch's own
+WATCH = train_gpt.Watch
 # The script with seconds for what waits a minute, and a fault on one process
 FAULTY = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}]
 import torch, train_gpt
-train_gpt.Watch.LOOK_S, train_gpt.Watch.SILENT, train_gpt.Watch.FAILED, train_gpt.Watch.TRAINING = 0.25, 8, 4, 8
+train_gpt.Watch.LOOK_S, train_gpt.Watch.SILENT, train_gpt.Watch.FAILED, train_gpt.Watch.TRAINING = {looks}
 rank, calls = int(os.environ["RANK"]), 0
 def fault():
     {fault}
@@ -45,7 +49,7 @@ def run_by_hand(env, cwd, count=2, rank=1, fault="pass", before="", envs=None):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     script = cwd / "faulty.py"
-    script.write_text(FAULTY.format(root=str(ROOT), fault=fault, rank=rank, before=before))
+    script.write_text(FAULTY.format(root=str(ROOT), fault=fault, rank=rank, before=before, looks=LOOKS))
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
     clean |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     children = [subprocess.Popen([sys.executable, str(script)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -67,9 +71,9 @@ def environment(data_dir, **settings):
 
 
 @pytest.mark.parametrize(("fault", "said"), [
-    ("os.kill(os.getpid(), signal.SIGKILL)", "has ended or stands still: no sign of life for 1 s"),
-    ("os.kill(os.getpid(), signal.SIGSTOP)", "has ended or stands still: no sign of life for 2 s"),
-    ("time.sleep(1000)", "hangs: the others have waited for it for 2 s"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", f"has ended or stands still: no sign of life for {FAILED * LOOK_S:.0f} s"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", f"has ended or stands still: no sign of life for {SILENT * LOOK_S:.0f} s"),
+    ("time.sleep(1000)", f"hangs: the others have waited for it for {TRAINING * LOOK_S:.0f} s"),
     ("raise train_gpt.UserError('DISK=b: gone')", "failed: DISK=b: gone"),
     ("raise ValueError('a defect')", "failed: a defect"),
 ])  # fmt: skip
@@ -144,7 +148,7 @@ def test_processes_that_differ_end_before_the_first_step(data_dir, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def watched(looks, calls=(5, 5), words=("", ""), count=2, rank=0, beating=(True, True), patience=60):
+def watched(looks, calls=(5, 5), words=("", ""), count=2, rank=0, beating=(True, True), patience=WATCH.TRAINING):
     """What a Watch of rank 0 finds after so many looks at the same two processes."""
     watch = train_gpt.Watch.__new__(train_gpt.Watch)
     watch.world, watch.silent, watch.patience = World(rank, count), watch.SILENT, patience
@@ -156,19 +160,67 @@ def watched(looks, calls=(5, 5), words=("", ""), count=2, rank=0, beating=(True,
 
 @pytest.mark.parametrize(("case", "found"), [
     ({"looks": 1000}, {}),  # nobody waits for anybody: all compute
-    ({"looks": 19, "beating": (True, False)}, {}),
-    ({"looks": 20, "beating": (True, False)}, {1: "rank 1 of 2 on host1 has ended or stands still: no sign of life for 20 s"}),
-    ({"looks": 59, "calls": (6, 5)}, {}),
-    ({"looks": 60, "calls": (6, 5)}, {1: "rank 1 of 2 on host1 hangs: the others have waited for it for 60 s"}),
-    ({"looks": 60, "calls": (5, 6)}, {0: "rank 0 of 2 on host0 hangs: the others have waited for it for 60 s"}),
-    ({"looks": 599, "calls": (6, 5), "patience": 600}, {}),  # it compiles, or exports
+    ({"looks": WATCH.SILENT - 1, "beating": (True, False)}, {}),
+    ({"looks": WATCH.SILENT, "beating": (True, False)}, {1: f"rank 1 of 2 on host1 has ended or stands still: no sign of life for {WATCH.SILENT} s"}),
+    ({"looks": WATCH.TRAINING - 1, "calls": (6, 5)}, {}),
+    ({"looks": WATCH.TRAINING, "calls": (6, 5)}, {1: f"rank 1 of 2 on host1 hangs: the others have waited for it for {WATCH.TRAINING} s"}),
+    ({"looks": WATCH.TRAINING, "calls": (5, 6)}, {0: f"rank 0 of 2 on host0 hangs: the others have waited for it for {WATCH.TRAINING} s"}),
+    ({"looks": WATCH.WAITING - 1, "calls": (6, 5), "patience": WATCH.WAITING}, {}),  # it compiles, or exports
     ({"looks": 1000, "beating": (True, False), "words": ("", "done")}, {}),
-    ({"looks": 4, "words": ("", "disk full")}, {}),  # rank 0 may be about to say the same
-    ({"looks": 5, "words": ("", "disk full")}, {1: "rank 1 of 2 on host1 failed: disk full"}),
+    ({"looks": WATCH.FAILED - 1, "words": ("", "disk full")}, {}),  # rank 0 may be about to say the same
+    ({"looks": WATCH.FAILED, "words": ("", "disk full")}, {1: "rank 1 of 2 on host1 failed: disk full"}),
     ({"looks": 1000, "words": ("disk full", "")}, {}),  # its own
 ], ids=str)  # fmt: skip
 def test_what_a_process_makes_of_the_others(case, found):
     assert watched(**case) == found
+
+
+def test_the_page_of_faults_has_the_seconds_of_the_code():
+    """Of each fault's row."""
+    page = (ROOT / "docs/faults.md").read_text()
+    row = lambda start: next(line for line in page.splitlines() if line.startswith(f"| {start}"))
+    seconds = lambda looks: f" {looks * WATCH.LOOK_S:.0f} s"
+    for start, expected in {"killed": [WATCH.FAILED], "stopped": [WATCH.SILENT], "cut network": [WATCH.SILENT], "fails alone": [WATCH.FAILED],
+                            "hangs": [WATCH.TRAINING, WATCH.WAITING]}.items():  # fmt: skip
+        assert all(seconds(looks) in row(start) for looks in expected), start
+    assert f"within {train_gpt.StopRequest.AGAIN_S:.0f} s" in page
+
+
+STALLED = """
+watch_store = train_gpt.Watch.say
+def stall():
+    train_gpt.Watch.say = lambda *_: time.sleep(1000)
+"""
+
+
+def test_a_store_that_does_not_answer_ends_the_process(data_dir, tmp_path):
+    """As behind a cut cable: the call of the store does not come back. Rank 0 has one that does, and names the other."""
+    ends = run_by_hand(environment(data_dir), tmp_path, fault="stall()", before=STALLED)
+    assert [code for _, code in ends.values()] == [1, 1]
+    assert re.match(rf"train_gpt.py: \S+ cannot be reached: no answer for {SILENT * LOOK_S:.0f} s\n", ends[1][0]), ends[1][0]
+    assert ends[0][0].startswith("train_gpt.py: rank 1 of 2 on ")
+
+
+@pytest.mark.parametrize(("signals", "after_s", "number", "at_once"), [
+    (["SIGTERM", "SIGTERM"], 0, "SIGTERM", False),  # a queue's, and the same passed on by torchrun
+    (["SIGTERM", "SIGTERM"], 6, "SIGTERM", True),
+    (["SIGUSR1", "SIGUSR1"], 6, "SIGUSR1", False),
+    (["SIGUSR1", "SIGTERM"], 6, "SIGTERM", False),  # the limit after its warning
+    (["SIGTERM", "SIGUSR1"], 6, "SIGTERM", False),
+])  # fmt: skip
+def test_a_second_signal(signals, after_s, number, at_once, monkeypatch):
+    now, caught = [0.0], []
+    monkeypatch.setattr(train_gpt.time, "monotonic", lambda: now[0])
+    kept = {each: signal.signal(each, lambda n, _: caught.append(n)) for each in train_gpt.StopRequest.SIGNALS}
+    try:
+        with train_gpt.StopRequest() as request:
+            for name in signals:
+                signal.raise_signal(signal.Signals[name])
+                now[0] += after_s
+        assert signal.Signals(request.number).name == number and bool(caught) == at_once
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
 
 
 def differing(world):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
 
+import conftest
 import nodes
 import pytest
 from conftest import ROOT, TINY
@@ -102,6 +106,28 @@ def test_the_skypilot_task_runs_the_same_command(tmp_path):
     words, settings = torchrun_of(["bash", "-euc", task["run"]], tmp_path, **env)
     assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.5:29500"} < set(words)
     assert train_gpt.Config.from_env(settings).checkpoint_dir in task["file_mounts"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_queue_may_signal_every_process(name, data_dir, tmp_path):
+    """SLURM's signal comes to torchrun, which passes it on, and to its processes: they end the step and leave a checkpoint."""
+    env = settings(data_dir, iterations=10**6, checkpoint_every=10**5, train_log_every=1)
+    paths = {name: str(tmp_path / name) for name in ("LOG_DIR", "ARTIFACT_PATH", "CHECKPOINT_DIR")}
+    own = {"HEAD": "127.0.0.1", "NODES": "1", "GPUS": "2", "PORT": "29713", "RESTARTS": "0", "TRAIN_PYTHON": sys.executable}
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        child = subprocess.Popen(["bash", "examples/two_nodes.sh", "--monitor-interval=0.1"], cwd=ROOT, env=clean | env | paths | own,
+                                 stdout=out, stderr=err, start_new_session=True)  # fmt: skip
+    until = time.monotonic() + 120
+    while "\nstep:4/" not in (tmp_path / "out").read_text() and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    for pid in conftest.family(child.pid):
+        os.kill(pid, signal.Signals[name])
+    assert nodes.wait_all([child], 60)[0] not in (0, None)  # torchrun's own exit code after a signal
+    said = (tmp_path / "err").read_text()
+    assert said.count(f"train_gpt.py: stopped by {name}\n") == 1, said[-2000:]
+    (path,) = (tmp_path / "CHECKPOINT_DIR").glob("*.ckpt")
+    assert train_gpt.read_checkpoint(path)[0]["step"] >= 4
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*s*h*")), ids=lambda path: path.name)

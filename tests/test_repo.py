@@ -15,7 +15,7 @@ LINES, TREE = SOURCE.splitlines(), ast.parse(SOURCE)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 SECTIONS = [(i, *m.groups()) for i, line in enumerate(LINES, 1) if (m := re.match(r"# ---- (\d+) (.+?) -+$", line))]  # (line, number, title)
 
-MOST_LINES = {"default": 2380, "kernels": 1500, "option": 1920, "all": 5800}
+MOST_LINES = {"default": 2386, "kernels": 1500, "option": 1940, "all": 5825}
 
 
 def kind(line: int) -> str:
