@@ -521,8 +521,8 @@ def stop(number: int, frame: Any) -> None:  # noqa: ARG001
     raise Stopped(number)
 
 class StopRequest:
-    """Within it, the first of these signals is only noted, so that a step can end. A second one acts as usual, unless
-    within AGAIN_S: a queue signals every process, and torchrun passes on what it gets. SIGUSR1 only ever warns."""
+    """Within it, the first of these signals is only noted, so that a step can end. A second one acts as usual, but for
+    AGAIN_S: a queue signals every process, and torchrun passes on what it gets. SIGUSR1 only ever warns."""
 
     SIGNALS, AGAIN_S = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), 5.0
 
@@ -4668,11 +4668,11 @@ def memory_bytes() -> tuple[int, int]:
 def scoring_bytes(cfg: Config, world: World, targets: int) -> int:
     """What `evaluate` holds of the windows that a CPU's threads score at once: a block's operands and what later layers
     get; measured: .6 to 1.1 of it."""
-    kinds = [(cfg.train_seq_len, cfg.train_seq_len, cfg.val_batch_size // world.size)]
-    if cfg.sliding_eval:
-        kinds.append((cfg.score_window, cfg.score_stride, cfg.sliding_batch_size * cfg.score_window))
+    kinds = [(cfg.train_seq_len, cfg.train_seq_len, cfg.val_batch_size // world.size),
+             (cfg.score_window, cfg.score_stride, cfg.sliding_batch_size * cfg.score_window)]  # fmt: skip
     at_once = lambda length, most: torch.get_num_threads() * max(1, min(cfg.micro_batch_tokens, most) // length)
-    tokens = max(n * max(1, min(targets // stride // world.size, at_once(n, most))) for n, stride, most in kinds)
+    tokens = max(n * max(1, min(targets // stride // world.size, at_once(n, most)))
+                 for n, stride, most in kinds[: 1 + cfg.sliding_eval])  # fmt: skip
     kept = (12 + cfg.num_layers // 2) * cfg.model_dim + 2 * cfg.mlp_dim
     return tokens * kept * compute_dtype(cfg.precision, world.device).itemsize
 
@@ -4720,10 +4720,9 @@ class Watch:
             env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False)) for _ in range(2)]  # fmt: skip
         self.looks = [[-1, -1, "", 0, 0, 0] for _ in range(world.size)]  # beats, calls, words; looks since each changed
         self.say()
-        looking = self.keep_looking, self.keep_reaching
-        self.thread, reaching = (threading.Thread(target=f, daemon=True) for f in looking)
+        self.thread = threading.Thread(target=self.keep_looking, daemon=True)
         self.thread.start()
-        reaching.start()
+        threading.Thread(target=self.keep_reaching, daemon=True).start()
 
     def say(self, words: str = "") -> None:
         self.words, self.beats = self.words or words, self.beats + 1
@@ -4742,7 +4741,7 @@ class Watch:
             self.end({0: f"{self.where} cannot be reached: rank 0, or torchrun on its machine, has ended"})
 
     def keep_reaching(self) -> None:
-        """End this process where the store does not answer: over a cut cable its calls wait for minutes."""
+        """End this process where the store does not answer: behind a cut cable its calls have no time limit."""
         beats, same = -1, 0
         while not self.stopped.wait(self.LOOK_S):
             beats, same = self.beats, same + 1 if self.beats == beats else 0

@@ -22,7 +22,7 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQ
 run=$$
 (
   ended=0
-  while sleep 2 && kill -0 "$run"; do
+  while sleep 2 && [[ $(ps -o state= -p "$run") == [!Z]* ]]; do
     if [[ $(ps -o state= --ppid "$run" | sort -u) == Z ]]; then ended=$((ended + 2)); else ended=0; fi
     if ((ended >= 30)); then
       echo "two_nodes.sh: torchrun has not noticed for 30 s that its trainers have ended (is the network cut?): it is killed" >&2

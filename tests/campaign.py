@@ -193,7 +193,7 @@ def kills(place: Path, data: Path, count: int | None, seed: int, first: int = 0)
             whole = place / f"whole {preset} {processes}"
             code = finish(start(env | {"CHECKPOINT_EVERY": "0"}, whole, processes))
             expected[preset, processes] = digest(whole)
-            check(failures, f"a whole run of {preset} on {processes}", code == 0, text(whole))
+            check(failures, f"a whole run of {preset} on {processes}: exit code {code}", code == 0, text(whole))
         one = processes > 1 and rng.random() < 0.5  # of two processes: torchrun starts both anew
         for again in range(MOST_DRAWS):
             moment, folder = draw_moment(rng, number // 2), place / f"kill {number}.{again}"

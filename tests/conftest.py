@@ -62,6 +62,31 @@ def write_shard(path: Path, tokens: np.ndarray, header: tuple[int, ...] | None =
     return path
 
 
+def environment(data_dir: Path, **settings: object) -> dict[str, str]:
+    """A run of the tiny model on the synthetic data, by the trainer's environment variables."""
+    paths = {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
+    return TINY | paths | {key.upper(): str(value) for key, value in settings.items()}
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """The script's `run` in this process and an empty folder, where a new process each would cost seconds: (exit code, out, err)."""
+
+    def run(env: dict[str, str]) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with monkeypatch.context() as m:
+            m.chdir(tmp_path)
+            for name in (f.name.upper() for f in dataclasses.fields(train_gpt.Config)):
+                m.delenv(name, raising=False)
+            m.delenv("PRESET_SETTINGS", raising=False)
+            for name, text in env.items():
+                m.setenv(name, text)
+            code = train_gpt.run([])
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def tiny_config(**settings: object) -> train_gpt.Config:
     return train_gpt.Config.from_env(TINY | {k.upper(): str(v) for k, v in settings.items()})
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fresh_model, launch, on_processes, tiny_config, tokens
+from conftest import ROOT, environment, fresh_model, launch, on_processes, tiny_config, tokens
 
 import train_gpt
 from train_gpt import Follower, Phase, Tracking, TrainingStep, View, World, rounded_once
@@ -117,14 +117,6 @@ def test_the_screen_of_these_tests_is_a_terminal():
     assert screen.lines == ["one", "0123456789ABC"] and screen.rows[-3:] == ["bar ", "bar ", "b"] and screen.bar == "bar"
     screen.feed("\rnew\x1b[J\r")
     assert screen.rows[-1] == "new" and screen.lines[-1] == "0123456789ABC"
-
-
-def environment(data_dir: Path, **settings: object) -> dict[str, str]:
-    return (
-        TINY
-        | {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
-        | {k.upper(): str(v) for k, v in settings.items()}
-    )
 
 
 def set_size(handle: int, columns: int) -> None:
@@ -535,24 +527,6 @@ class Recorder:
 
     def close(self):
         self.closed += 1
-
-
-@pytest.fixture
-def run_here(tmp_path, monkeypatch, capsys):
-    """The script's `run` in this process and an empty folder: (exit code, out, err)."""
-
-    def run(env: dict[str, str]) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with monkeypatch.context() as m:
-            m.chdir(tmp_path)
-            for name in (*train_gpt.Config.__dataclass_fields__, "preset_settings"):
-                m.delenv(name.upper(), raising=False)
-            for name, text in env.items():
-                m.setenv(name, text)
-            code = train_gpt.run([])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_what_a_program_raises_ends_that_program_alone(data_dir, tmp_path, run_here, monkeypatch):

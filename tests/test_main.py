@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, write_shard
+from conftest import ROOT, TINY, environment, launch, write_shard
 
 import train_gpt
 from train_gpt import World
@@ -24,29 +23,6 @@ RESULT_KEYS = """run_id seed steps tokens train_time_s ms_per_step device world_
 # The first 10 losses of TINY on the synthetic data, seed 7: a change of the mathematics shows here. Kernels differ between
 # machines and releases of torch, and codes flip at thresholds, hence the tolerance that grows along the run.
 GOLDEN_LOSSES = [5.767611, 5.6885, 5.401149, 4.9907, 4.543501, 4.15718, 3.954099, 3.721681, 3.676082, 3.498616]
-
-
-def environment(data_dir, **settings):
-    return TINY | {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")} | {k.upper(): str(v) for k, v in settings.items()}
-
-
-@pytest.fixture
-def run_here(tmp_path, monkeypatch, capsys):
-    """The script's `run` in this process and an empty folder, where a new process each would cost seconds: (exit code, out, err)."""
-
-    def run(env: dict[str, str]) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with monkeypatch.context() as m:
-            m.chdir(tmp_path)
-            for name in (f.name.upper() for f in dataclasses.fields(train_gpt.Config)):
-                m.delenv(name, raising=False)
-            m.delenv("PRESET_SETTINGS", raising=False)
-            for name, text in env.items():
-                m.setenv(name, text)
-            code = train_gpt.run([])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def result_of(output: str) -> dict:
