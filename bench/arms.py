@@ -136,11 +136,11 @@ SCORED = "WARMUP_STEPS=1 TRAIN_LOG_EVERY=5 VAL_MAX_TOKENS=500000 SLIDING_EVAL=0 
 # -------------------------------------------------------------------------------------------------- arms
 
 SYSTEMS = {
-    "default": Arm(f"{SHAPE} EMBED_DIM=48",
-                   "10 x 768: two blocks a side of the U, two query heads a KV head, E a third of D"),
-    "fast": Arm(f"{SHAPE} EMBED_DIM=48", "as the default; one layer of the four without attention", "fast"),
-    "recipe": Arm(f"{SHAPE} EMBED_DIM=72", "four sevenths of D, as the preset", "recipe"),
-    "pr640": Arm(f"{SHAPE} EMBED_DIM=48", "as the default", "pr640"),
+    "default": Arm(f"{SHAPE} EMBED_DIM=72",
+                   "10 x 768: two blocks a side of the U, two query heads a KV head, E four sevenths of D"),
+    "ternary_phase": Arm(f"{SHAPE} EMBED_DIM=72", "as the default", "ternary_phase"),
+    "fast": Arm(f"{SHAPE} EMBED_DIM=48", "E a third of D; one layer of the four without attention", "fast"),
+    "pr640": Arm(f"{SHAPE} EMBED_DIM=48", "as the default, E a third of D", "pr640"),
     "pr920": Arm(f"{SHAPE} EMBED_DIM=56", "an embedding wider than #640's", "pr920", 6533),
     "pr641": Arm(f"{SHAPE} NUM_LAYERS=6 EMBED_DIM=48", "half as many layers again as #640", "pr641", 50_000),
     "pr139": Arm(f"{SHAPE} NUM_LAYERS=5 TRAIN_SEQ_LEN=512", "12 layers to #640's 10, twice its context", "pr139", 4713),

@@ -2,7 +2,7 @@
 # Everything that waits for a GPU: one command, a stage at a time. Figures go to $OUT (default: data/gpu_queue), at most 8 files.
 #
 #   DATA_PATH=SHARDS bash bench/gpu_queue.sh first       what matters most, within 9 minutes; its parts are listed below
-#   DATA_PATH=SHARDS bash bench/gpu_queue.sh recipe      configs/recipe.env against pr640.env, TRAIN_SECONDS=120 each, within 9 minutes
+#   DATA_PATH=SHARDS bash bench/gpu_queue.sh recipe      the default against configs/pr640.env, TRAIN_SECONDS=120 each, within 9 minutes
 #   CORPUS=FOLDER bash bench/gpu_queue.sh STAGE...
 #
 #   parity    losses and gradients on the GPU against the CPU; the kernels' tests on the GPU                      2 min
@@ -225,7 +225,7 @@ stage_recipe() {
   export SLIDING_EVAL_STRIDE=256 VAL_MAX_TOKENS=1048576 MAX_WALLCLOCK_SECONDS=${TRAIN_SECONDS:-120} SEED=${SEED:-42}
   stage_end=$((stage_end - 10)) # for the line
   with_preset configs/pr640.env train "train pr640" "$(most 265)"
-  with_preset configs/recipe.env train "train recipe" "$(most 265)"
+  train "train default" "$(most 265)"
   stage_end=$((stage_end + 10))
   run line 5 "$python" bench/gpu_table.py --recipe "$figures"
 }

@@ -1,7 +1,7 @@
 """The tables that `bench/gpu_queue.sh first`, the line that `recipe` ends with, from the figures; ready for RESULTS.md.
 
     python bench/gpu_table.py OUT/first.jsonl OUT/figures.jsonl      tables of all that is there
-    python bench/gpu_table.py --recipe OUT/recipe.jsonl              one line: configs/recipe.env against pr640.env
+    python bench/gpu_table.py --recipe OUT/recipe.jsonl              one line: the default against configs/pr640.env
     python bench/gpu_table.py --usable OUT/first.jsonl               KERNELS=... COMPILE_MODE=... without what failed the self-check
 
 A line of a file is a part: its stage, name and outcome, with the `result` of a run of train_gpt.py or the `figures` of
@@ -184,9 +184,9 @@ def print_tables(parts: Parts) -> None:
 
 
 def recipe_line(parts: Parts) -> str:
-    """recipe.env less pr640.env in bits per byte, equal seconds, one seed; BadFigures where a run has no result."""
+    """The default less pr640.env in bits per byte, equal seconds, one seed; BadFigures where a run has no result."""
     said = []
-    for model in ("pr640", "recipe"):
+    for model in ("pr640", "default"):
         if (run := parts.results.get(f"train {model}")) is None:
             raise BadFigures(f"train {model}: no result ({parts.outcomes.get(f'train {model}', 'not run')})")
         said.append(run)
@@ -195,7 +195,7 @@ def recipe_line(parts: Parts) -> str:
         sliding, chunked = (b - a for a, b in zip(*scores, strict=True))
         return (
             f"recipe: {ours['gpu_name']}, seed {ours['seed']}, {control['train_time_s']:.1f} and {ours['train_time_s']:.1f} s, "
-            f"{control['steps']} and {ours['steps']} steps, pr640 {scores[0][0]:.4f}, recipe {scores[1][0]:.4f} bits per byte in windows "
+            f"{control['steps']} and {ours['steps']} steps, pr640 {scores[0][0]:.4f}, default {scores[1][0]:.4f} bits per byte in windows "
             f"{ours['stride']} apart: {sliding:+.4f} (chunked {chunked:+.4f}); "
             f"{control['artifact_bytes']:,} and {ours['artifact_bytes']:,} bytes"
         )

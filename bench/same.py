@@ -76,7 +76,7 @@ PRESET_SHAPES = {
     "": f"{SHAPE} EMBED_DIM=24",
     "demo": f"{SHAPE} NUM_LAYERS=2 MODEL_DIM=96 NUM_HEADS=3 NUM_KV_HEADS=1 EMBED_DIM=32",
     "demo_gpu": f"{SHAPE} MODEL_DIM=96 EMBED_DIM=24",
-    "recipe": f"{SHAPE} EMBED_DIM=40",
+    "ternary_phase": f"{SHAPE} EMBED_DIM=40",
     "fast": f"{SHAPE} MODEL_DIM=96 NUM_HEADS=6 NUM_KV_HEADS=3 EMBED_DIM=24",
     "pr640": f"{SHAPE} EMBED_DIM=24",
     "pr920": f"{SHAPE} EMBED_DIM=28",

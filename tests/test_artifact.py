@@ -96,7 +96,8 @@ def test_the_published_codecs_store_the_same_symbols(model):
 def test_same_weights_same_bytes_and_auto_keeps_the_smallest(model, blob):
     assert save_artifact(model, model.cfg) == blob
     sizes = {codec: len(save_artifact(model, tiny_config(artifact_codec=codec))) for codec in CODECS}
-    assert len(blob) == min(sizes.values()) and read_container(blob).codec == min(sizes, key=sizes.get)
+    tried = {codec: sizes[codec] for codec in ("ans", "base3", "bitmask")}
+    assert len(blob) == min(tried.values()) and read_container(blob).codec == min(tried, key=tried.get)
 
 
 def test_auto_passes_over_a_codec_that_does_not_give_the_symbols_back(model, monkeypatch):
@@ -117,14 +118,16 @@ def counted_model(**settings):
     return model
 
 
-# SHA-256 of whole artifacts, the constants from commit 8ca3365, before the file was rebuilt
+# SHA-256 of whole artifacts; but for the first, the default since, the constants from commit 8ca3365, before the file was rebuilt
 KNOWN_BYTES = [
-    ({}, "7244ef20a1f4eb02a51ad4a0b18517ab3c5091b5091f9262d16e836a282b82b0"),
+    ({}, "dbd0f94c3bfcb9a5f9ec2c97bb0704c16d500ed05c66d378efb6c598f038e76a"),
+    ({"fp_storage": "FP8"}, "7244ef20a1f4eb02a51ad4a0b18517ab3c5091b5091f9262d16e836a282b82b0"),
     ({"fp_storage": "INT5", "scale_storage": "fp16"}, "8604a304d8c38a130dc46adee63a3cb9cd46e1a702baefc619e20a1da192e5a8"),
     ({"fp_storage": "FP4", "weight_quant": "binary"}, "9611c4e21377dc6430cfed28f4afbf71154033b573e3c13125785c11a413e991"),
     ({"fp_storage": "FP16", "scale_stat": "rms", "scale_storage": "bf16"}, "ed3d660f362c2d0122d76c560b91acebb726352fbd5f43442e2e2d85e3a4528e"),
-    ({"unet": 0, "resid_mix": 0, "qkv_split": 1, "input_norm": "all", "tie_embeddings": 2}, "9a13a1d98109d84ea34fa53a506050d3029f535f19becf577451e40646dd411c"),
-    ({"weight_quant": "none", "embed_dim": 0}, "4e0a9081adb332682320a0e35c10577f9c822747ad2ddc3119fe400dca42e11b"),
+    ({"fp_storage": "FP8", "unet": 0, "resid_mix": 0, "qkv_split": 1, "input_norm": "all", "tie_embeddings": 2},
+     "9a13a1d98109d84ea34fa53a506050d3029f535f19becf577451e40646dd411c"),
+    ({"fp_storage": "FP8", "weight_quant": "none", "embed_dim": 0}, "4e0a9081adb332682320a0e35c10577f9c822747ad2ddc3119fe400dca42e11b"),
 ]  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def test_our_codec_gives_known_bytes(settings, digest):
     blob = save_artifact(model, model.cfg)
     assert hashlib.sha256(blob).hexdigest() == digest
     layout, symbols = Layout(model), train_gpt.model_symbols(model, model.cfg)
-    for codec in CODECS if not settings else ("base3", "bitmask", "2bit", "int8"):  # their libraries may change the bytes
+    for codec in CODECS if settings == KNOWN_BYTES[0][0] else ("base3", "bitmask", "2bit", "int8"):  # their libraries may change the bytes
         back = CODECS[codec].unpack(CODECS[codec].pack(symbols, layout), layout)
         assert all(map(np.array_equal, back, symbols)), codec
 
@@ -159,8 +162,9 @@ def test_every_byte_is_accounted_for(model, blob):
     container, layout = read_container(blob), Layout(model)
     ternary = 3 * (64 * 128 + 64 * 64 + 2 * 64 * 128)
     tables = 320 * 24 + 2 * 64 * 24
+    steps = 320 + 64 + 24  # a byte for each row
     controls = 3 * (4 + 4 * 64) + 64 + 320
-    assert layout.count == {"trits": ternary, "scales": ternary // 32, "tables": tables + 3, "controls": 2 * controls}
+    assert layout.count == {"trits": ternary, "scales": ternary // 32, "tables": tables + steps, "controls": 2 * controls}
     assert all(layout.contexts(name).size == layout.count[name] for name in STREAMS[1:])
     header = ARTIFACT_PREFIX.unpack_from(blob)[2]
     assert len(blob) == ARTIFACT_PREFIX.size + header + STREAM_LENGTHS.size + sum(map(len, container.streams))
@@ -283,7 +287,8 @@ def put(value, at):
     return change
 
 
-def test_hostile_values_are_refused(model):
+def test_hostile_values_are_refused():
+    model = tiny_model(fp_storage="FP8")  # INTb's bytes are all finite values
     hostile = [(0, put(3, 7)), (0, lambda s: s[: -64 * 128]), (1, lambda s: s[:-2]), (1, lambda s: np.append(s, s[:1])), (2, put(0x7F, 1)), (2, put(0xFF, 5)), (3, put(0x7C, 0)), (3, put(0x7E, 0))]
     for index, change in hostile:
         with pytest.raises(ArtifactError):

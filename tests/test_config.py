@@ -46,7 +46,8 @@ def test_the_published_command_is_read_as_it_stands():
 def test_defaults_are_the_published_model_but_for_what_the_readme_says():
     published, default = Config.from_env(settings_640()), Config(run_id="ternary_run")
     differ = {f.name for f in dataclasses.fields(Config) if getattr(published, f.name) != getattr(default, f.name)}
-    assert differ == {"embed_dim", "iterations", "matrix_optimizer", "train_log_every"}  # neomuon is muon's own name here
+    assert differ == {"embed_dim", "fp_storage", "warmdown_fraction", "muon_wd", "iterations", "train_log_every",
+                      "matrix_optimizer"}  # of which neomuon is muon's name here
 
 
 @pytest.mark.parametrize("typo", ["NUM_LAYER", "NUM_LAYERSS", "MATRX_LR", "SLIDING_EVAL_STRID", "TRIAN_SEQ_LEN", "VOCABSIZE"])

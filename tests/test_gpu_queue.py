@@ -90,9 +90,9 @@ def test_recipe_trains_both_with_one_seed_and_ends_with_the_difference(tmp_path)
     done = queue(tmp_path, "recipe", SEED="7", TRAIN_SECONDS="30")
     assert done.returncode == 1 and "sliding_val_bpb" in done.stdout  # the stub's result has no such score
     calls = [line.split(" | ")[1].split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert calls[0] == ["254", "10000", "30", "1048576"] and calls[1] == ["440", "30", "1048576"]
+    assert calls[0] == ["254", "10000", "30", "1048576"] and calls[1] == ["30", "1048576"]
     lines = []
-    for name, score, size in (("pr640", 1.35, 15_990_000), ("recipe", 1.3375, 15_900_000)):
+    for name, score, size in (("pr640", 1.35, 15_990_000), ("default", 1.3375, 15_900_000)):
         result = {"kernels_off": {}, "gpu_name": "NVIDIA H100", "seed": 7, "train_time_s": 29.97, "steps": 40 + len(name), "stride": 256,
                   "sliding_val_bpb": score, "roundtrip_val_bpb": score + 0.02, "artifact_bytes": size}  # fmt: skip
         lines.append(json.dumps({"stage": "recipe", "name": f"train {name}", "outcome": "ok, 40 s", "result": result}))
@@ -100,7 +100,7 @@ def test_recipe_trains_both_with_one_seed_and_ends_with_the_difference(tmp_path)
     command = [sys.executable, str(ROOT / "bench/gpu_table.py"), "--recipe", "figures.jsonl"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
     assert said == (
-        "recipe: NVIDIA H100, seed 7, 30.0 and 30.0 s, 45 and 46 steps, pr640 1.3500, recipe 1.3375 bits per byte in windows 256 apart: "
+        "recipe: NVIDIA H100, seed 7, 30.0 and 30.0 s, 45 and 47 steps, pr640 1.3500, default 1.3375 bits per byte in windows 256 apart: "
         "-0.0125 (chunked -0.0125); 15,990,000 and 15,900,000 bytes\n"
     )
 

@@ -138,6 +138,8 @@ def test_gradients_are_those_of_the_rounded_model(settings, monkeypatch):
     y = x.roll(-1, 1)
     training_loss(model, x, y, 1e-4)[0].backward()
     frozen = tiny_model(**settings).double().use(Ops())
+    for p in frozen.parameters():
+        p.data = p.half().double()  # controls; the others follow
     for ours, theirs in zip(model.modules(), frozen.modules(), strict=True):
         if hasattr(ours, "rounded"):
             theirs.weight.data, theirs.frozen = ours.rounded().double(), True
@@ -184,7 +186,8 @@ def test_the_fast_operations_give_the_plain_loss_and_every_plain_gradient(settin
         loss.backward()
         with torch.no_grad():
             results.append((loss, nats, model(x, x.roll(-1, 1)), *(p.grad for p in model.parameters() if p.numel())))
-    tolerance = 5e-3 if model.cfg.precision == "bf16" else 1e-5
+    # an 8-bit input between two codes may fall to either
+    tolerance = 5e-3 if model.cfg.precision == "bf16" else 1e-3 if model.cfg.act_quant != "none" else 1e-5
     for i, (ours, plain) in enumerate(zip(*results, strict=True)):
         assert (ours - plain).norm() <= tolerance * plain.norm(), (i, ((ours - plain).norm() / plain.norm()).item())
 

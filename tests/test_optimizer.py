@@ -93,7 +93,7 @@ def rms(v: np.ndarray) -> float:
 def test_neomuon_step_is_its_definition(shape):
     """Three steps of three matrices, which must not mix, written out: momentum in sum form, which warms up, Nesterov, rows to unit
     RMS, Newton-Schulz, weight decay."""
-    cfg = tiny_config(muon_wd=0.1)
+    cfg = tiny_config(muon_wd=0.1, warmdown_fraction=0.5)
     generator = torch.Generator().manual_seed(1)
     p = torch.nn.Parameter(torch.randn(3, *shape, generator=generator))
     scale = torch.tensor([1.0, 1e-3, 30.0]).view(3, 1, 1)
@@ -155,7 +155,7 @@ def test_schedule_is_constant_then_linear_and_momentum_warms_up():
 
 
 def test_stage_scales_every_group_from_its_base():
-    cfg = tiny_config()
+    cfg = tiny_config(warmdown_fraction=0.2)
     model = tiny_model()
     optimizers = build_optimizers(model, cfg, World(), Gradients(model, World()).banks)
     apply_stage(optimizers, schedule(cfg, 0, 0.9))

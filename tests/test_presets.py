@@ -38,6 +38,20 @@ def test_every_line_of_a_preset_differs_from_the_default_and_has_a_reason(preset
         above = line
 
 
+def test_presets_mean_what_they_did_before_the_defaults_changed():
+    """tests/data/presets.json: every setting of the defaults and of each preset when the defaults were #640's recipe."""
+    kept = json.loads((ROOT / "tests/data/presets.json").read_text())
+    assert kept.keys() == {"default", *PRESETS}
+    changed = {"EMBED_DIM", "FP_STORAGE", "WARMDOWN_FRACTION", "MUON_WD"}
+    for preset in kept.keys() - {"default"}:
+        cfg = config_of(preset)
+        unused = {"WARMDOWN_FRACTION"} if cfg.warmdown_iters else set()
+        for name, text in (kept["default"] | kept[preset]).items():
+            assert name in unused or str(getattr(cfg, name.lower())) == text, (preset, name)
+    default = train_gpt.Config()
+    assert {name for name, text in kept["default"].items() if str(getattr(default, name.lower())) != text} == changed
+
+
 def test_presets_have_the_published_parameters():
     assert PUBLISHED_MILLIONS.keys() == {p for p in PRESETS if p.startswith("pr")}
     assert arms.SYSTEMS.keys() == {"default", *PRESETS} - {"demo", "demo_gpu"}

@@ -17,6 +17,7 @@ import train_gpt
 from train_gpt import (
     BASE3,
     PACKINGS,
+    TABLE_FORMS,
     AnsStream,
     ArtifactError,
     ScaleFormat,
@@ -27,7 +28,6 @@ from train_gpt import (
     pack_digits,
     round_fp8,
     round_half,
-    round_rows,
     round_scale,
     ternarize,
     unpack_bitmask,
@@ -87,15 +87,15 @@ def test_scales_round_to_the_nearest_stored_value_and_stay_in_range(storage):
 def test_integer_tables_round_to_the_nearest_step(bits):
     torch.manual_seed(0)
     w = torch.randn(50, 96) * torch.rand(50, 1)
-    codes, step = round_rows(w, f"INT{bits}")
+    codes, step = TABLE_FORMS[f"INT{bits}"].divide(w)
     rms = w.double().square().mean(1, keepdim=True).sqrt()
     assert step.flatten().tolist() == [nearest_scale(v, "e4m3") for v in (rms.flatten() * 2.0 ** (2 - bits)).tolist()]
     assert (codes == codes.round()).all() and codes.abs().max() < 127
     assert ((codes * step).double() - w).abs().le(step * 0.5000001).all()
     huge = torch.zeros(1, 10_000)
     huge[0, 0] = 1.0
-    assert round_rows(huge, f"INT{bits}")[0].abs().max() == 127  # clipped
-    assert not round_rows(torch.zeros(3, 5), f"INT{bits}")[0].any()
+    assert TABLE_FORMS[f"INT{bits}"].divide(huge)[0].abs().max() == 127  # clipped
+    assert not TABLE_FORMS[f"INT{bits}"].divide(torch.zeros(3, 5))[0].any()
 
 
 @pytest.mark.parametrize("spread", [1e-3, 0.02, 1.0, 30.0])
