@@ -4884,16 +4884,21 @@ class Phase:
         return [*said, *[f"val {val_bpb}"] * bool(val_bpb), f"lr {self.step.optimizers[0].group['lr']:.2g}"]
 
     def text(self, columns: int, val_bpb: str, meter: Callable | None) -> str:
-        """At most `columns` wide; of the figures, the most telling first, as many as fit beside a bar of 6."""
+        """At most `columns` wide: of the figures, the most telling first, as many as fit beside a bar of 6. Where it is
+        narrow the bar goes before the loss, then the share; name and time left stay."""
         said, (share, since) = self.training(val_bpb) if self.loop else [], self.first
         clock = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
         spent, ahead = time.perf_counter() - since, self.share > share
         left = spent * (1 - min(1, self.share)) / (self.share - share) if ahead else 0
         said.insert(0, f"{clock(left)} left" if ahead else clock(spent))
-        while len(said) > 1 and len(self.name) + len(", ".join(said)) + 15 > columns:
+        room = lambda: columns - len(self.name) - len(", ".join(said))
+        while len(said) > 2 and room() < 15:
             said.pop()
-        if not (self.share and meter):
-            return f"{self.name}{f' {self.share:.0%}' if self.share else ''} {', '.join(said)}"[:columns]
+        if not (self.share and meter) or room() < 15:
+            share = f" {self.share:.0%}" if self.share and room() > 5 else ""
+            if room() < 1:
+                del said[1:]
+            return f"{self.name}{share} {', '.join(said)}"[:columns]
         narrow = not (sys.stderr.encoding or "").lower().startswith("utf")
         return meter(min(self.share, 1.0), 1, 0, ncols=columns, prefix=self.name, ascii=narrow, said=", ".join(said),
                      bar_format="{desc} {percentage:3.0f}%|{bar}| {said}")  # fmt: skip
