@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import follow
 import pytest
 import torch
 from conftest import ROOT, environment, fresh_model, launch, on_processes, tiny_config, tokens
@@ -662,3 +663,27 @@ def test_when_off_nothing_is_done(data_dir, tmp_path, monkeypatch):
     assert not step.hooks and View().phase("training") is train_gpt.nothing
     with contextlib.redirect_stderr(io.StringIO()):
         assert type(Follower.from_env(cfg, World(), {"TERM": "xterm"})) is View
+
+
+# -------------------------------------------------------------------------------------------------- bench/follow.py
+
+
+def test_what_following_costs_is_compared_within_a_round():
+    """The second round met other work, which lengthens both of its steps by a half: their ratio stays."""
+    off = [follow.Cost(0.1, 0.2, 60.0, 1.0, 9), follow.Cost(0.1, 0.2, 90.0, 1.0, 9), follow.Cost(0.2, 0.3, 60.0, 1.0, 9)]
+    costs = [follow.Cost(0.4, 0.5, 63.0, 7.0, 9), follow.Cost(0.5, 3.0, 94.5, 9.0, 9), follow.Cost(0.3, 0.6, 60.0, 7.0, 9)]
+    assert follow.medians(costs, off) == pytest.approx((0.4, 0.6, 1.05))
+
+
+def test_a_round_counts_each_step_and_its_pause():
+    cost = follow.measure("", shows=True, layers=1, seconds=1.0, step_s=0.02)
+    assert follow.SETTLED < cost.steps <= 50 and cost.step >= 20 and 0 < cost.clock < cost.step - 20 + 1e-6
+    assert cost.most >= cost.clock and 0 < cost.processor < cost.step
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--seconds", "-1"]])
+def test_mistakes_of_the_bench_are_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["follow.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        follow.main()
+    assert end.value.code == 2 and f"{arguments[0]} {arguments[1]}" in (said := capsys.readouterr().err) and said.count("\n") == 1
