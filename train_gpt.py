@@ -1597,6 +1597,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     take_step.restart()
     if not cfg.temp_scaling:
         return 0.0
+    log.view.phase("temperature warm-up")
     sequences = calibration_sequences(cfg, world) // world.size
     x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=world.device)
     for _ in range(1 + x.is_cuda):  # the first call also loads kernels
@@ -1655,14 +1656,14 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             if batches.epoch > epoch:
                 epoch = batches.epoch
                 log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
-            stage = schedule(cfg, step, progress)
+            stage, loop.progress = schedule(cfg, step, progress), progress
             for hook in hooks:
                 stage = hook.stage(stage, step, progress)
             apply_stage(take_step.optimizers, stage)
             graphs = graphs_compiled()
             take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
             late_graphs += graphs_compiled() - graphs
-            loop.step, loop.progress = step + 1, progress
+            loop.step = step + 1
             loop.pending.append((Reading(take_step.grads.loss), take_step.grads.losses.clone()))
             # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
             loop.read_losses(world.device.type == "cuda")
@@ -1684,6 +1685,7 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
         hook.finish()
     tokens = loop.batches.state()["position"]
     if cfg.temp_scaling:
+        log.view.phase("temperature")
         x, y = loop.batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
         model.temperature.fill_(calibrate_temperature(model, x, y, world))
     train_time_s = world.agree(clock.finish())

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pty
 import statistics
@@ -86,9 +87,9 @@ def measure(track: str, shows: bool, layers: int, seconds: float, step_s: float)
             for hook in step.hooks:
                 hook.begin(loop)
             view.phase("training", loop, step)
-            spent, clock, whole, end = [], [], [], time.perf_counter() + seconds
-            while time.perf_counter() < end or len(spent) <= SETTLED:
-                first = time.perf_counter()
+            spent, clock, whole, end = [], [], [], math.inf
+            while (first := time.perf_counter()) < end:
+                end = first + seconds if len(spent) == SETTLED else end
                 time.sleep(step_s)
                 loop.step, loop.progress = loop.step + 1, loop.step / 1000
                 before, began = time.perf_counter(), time.thread_time()
@@ -118,7 +119,7 @@ def main() -> int:
     parser = OneLineParser(__doc__)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each case in each round")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each case in each round, once it has settled")
     parser.add_argument("--step-ms", type=float, default=60.0)
     arguments = parser.parse_args()
     for name in ("layers", "rounds", "seconds", "step_ms"):

@@ -199,8 +199,10 @@ def test_the_bar_moves_through_the_phases_within_the_width(watched):
     order = [
         "setting up",
         "warm-up",
+        "temperature warm-up",
         "training",
         "validation",
+        "temperature",
         "export",
         "score",
         "reading back",
