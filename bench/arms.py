@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -444,7 +445,10 @@ def data_folder(prefix: str, settings: dict[str, str], config: type) -> Path:
     for folder in (Path(prefix + vocab), Path(prefix)):
         if all(any(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")):
             return folder.resolve()
-    raise BadArguments(f"--data {prefix}: expected fineweb_train_*.bin and fineweb_val_*.bin in {prefix}{vocab}")
+    others = [path for path in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}[0-9]*") if any(path.glob("fineweb_val_*.bin"))]
+    found = [name for path in others if (name := str(path).removeprefix(str(Path(prefix)))).isdecimal()]
+    hint = f"; for what is there, every --arm needs VOCAB_SIZE={' or '.join(sorted(found, key=int))}" if found else ""
+    raise BadArguments(f"--data {prefix}: expected fineweb_train_*.bin and fineweb_val_*.bin in {prefix}{vocab}{hint}")
 
 
 def web_folder(folder: Path) -> Path:

@@ -563,3 +563,13 @@ def test_free_runs_for_real_and_goes_on(data_dir, tmp_path, monkeypatch, capsys)
     assert json.loads(before.splitlines()[0])["result"]["git_commit"] == "unknown"  # not that of a folder above
     assert arms.main(command) == 0 and capsys.readouterr().out == shown
     assert (tmp_path / "out/results.jsonl").read_text() == before
+
+
+def test_data_of_another_vocabulary_says_which_it_has(tmp_path):
+    """As run_demo.sh --text names its folder, whose vocabulary follows from the text."""
+    for name in ("mine_sp2048", "mine_sp512", "mine_sp512_web", "mine_sp77"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("other.bin" if name == "mine_sp77" else "fineweb_val_000000.bin")).touch()
+    with pytest.raises(arms.BadArguments) as said:
+        arms.data_folder(f"{tmp_path}/mine_sp", {"VOCAB_SIZE": "4096"}, Config)
+    assert str(said.value).endswith(f"in {tmp_path}/mine_sp4096; for what is there, every --arm needs VOCAB_SIZE=512 or 2048")
