@@ -4862,20 +4862,20 @@ class Phase:
     """A part of the run: which share of it is done, and how that looks on a line."""
 
     def __init__(self, name: str, peak: float, loop: Loop | None = None, step: TrainingStep | None = None) -> None:
-        self.name, self.loop, self.step, self.share, self.loss, self.seen = name, loop, step, 0.0, 0.0, 0
-        self.first = 0.0, time.perf_counter()
+        self.name, self.loop, self.step, self.loss, self.seen = name, loop, step, 0.0, 0
+        self.share, self.at = self.first = 0.0, time.perf_counter()  # done, and since when
         if loop:
             self.start = loop.batches.state()["position"], loop.clock.elapsed()
             self.of_peak = flops_a_token(step.model) / peak if peak else 0.0  # a token a second
 
     def done(self, share: float) -> None:
-        self.share = share
+        self.share, self.at = share, time.perf_counter()
 
     def training(self, val_bpb: str) -> list[str]:
         loop, (tokens, seconds) = self.loop, self.start
-        if loop.progress and not self.share:  # a run may go on where an earlier one was
-            self.first = loop.progress, time.perf_counter()
-        self.share = loop.progress
+        if loop.progress != self.share:
+            self.first = self.first if self.share else (loop.progress, time.perf_counter())  # or where another run was
+            self.done(loop.progress)
         if not math.isfinite(loop.report.loss):
             return []
         self.seen += 1
@@ -4886,21 +4886,18 @@ class Phase:
         return [*said, *[f"val {val_bpb}"] * bool(val_bpb), f"lr {self.step.optimizers[0].group['lr']:.2g}"]
 
     def text(self, columns: int, val_bpb: str, meter: Callable | None) -> str:
-        """At most `columns` wide: of the figures, the most telling first, as many as fit beside a bar of 6. Where it is
-        narrow the bar goes before the loss, then the share; name and time left stay."""
+        """At most `columns` wide: name, time left, loss; where there is room a bar of 6, too, and the other figures."""
         said, (share, since) = self.training(val_bpb) if self.loop else [], self.first
         clock = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        spent, ahead = time.perf_counter() - since, self.share > share
-        left = spent * (1 - min(1, self.share)) / (self.share - share) if ahead else 0
-        said.insert(0, f"{clock(left)} left" if ahead else clock(spent))
+        now, ahead = time.perf_counter(), self.share > share
+        left = (self.at - since) * (1 - min(1, self.share)) / (self.share - share) - (now - self.at) if ahead else 0
+        said.insert(0, f"{clock(max(0, left))} left" if ahead else clock(now - since))
         room = lambda: columns - len(self.name) - len(", ".join(said))
         while len(said) > 2 and room() < 15:
             said.pop()
         if not (self.share and meter) or room() < 15:
             share = f" {self.share:.0%}" if self.share and room() > 5 else ""
-            if room() < 1:
-                del said[1:]
-            return f"{self.name}{share} {', '.join(said)}"[:columns]
+            return f"{self.name}{share} {', '.join(said[: 1 if room() < 1 else None])}"[:columns]
         narrow = not (sys.stderr.encoding or "").lower().startswith("utf")
         return meter(min(self.share, 1.0), 1, 0, ncols=columns, prefix=self.name, ascii=narrow, said=", ".join(said),
                      bar_format="{desc} {percentage:3.0f}%|{bar}| {said}")  # fmt: skip

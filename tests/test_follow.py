@@ -353,6 +353,21 @@ def test_time_left_loss_and_rate_are_what_the_loop_has(monkeypatch):
     assert text == "training 25% 1:30 left, loss 2.500, 2.50M tok/s, val 1.2345, lr 0.012"
 
 
+def test_time_left_runs_down_while_a_part_takes_long(monkeypatch):
+    """Of four parts of 30 s; the second takes 100."""
+    now = [5.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    phase = Phase("score", 0)
+    now[0] += 30
+    phase.done(0.25)
+    for seconds, said in ((0, "1:30"), (10, "1:20"), (29, "1:01"), (95, "0:00")):
+        now[0] = 35 + seconds
+        assert phase.text(79, "", None) == f"score 25% {said} left"
+    now[0] = 135
+    phase.done(0.5)
+    assert phase.text(79, "", None) == "score 50% 2:10 left"
+
+
 def test_what_does_not_fit_is_left_out_the_least_telling_first(monkeypatch):
     from tqdm import tqdm
 
