@@ -338,7 +338,7 @@ def drawable(curves, options, value):
 def draw(axes, curves, options, value=None):
     """All curves, the best first in the legend."""
     value = value or options.value
-    groups, heights = drawable(curves, options, value), []
+    groups, heights, ends = drawable(curves, options, value), [], []
     for i, group in enumerate(groups):
         style = look(i, len(groups)) | {"linewidth": 1.1 if len(group) > 1 else 1.5}
         for n, (curve, x, y) in enumerate(group):
@@ -346,9 +346,10 @@ def draw(axes, curves, options, value=None):
             axes.plot(x, y, label=None if n else label([c for c, *_ in group]), **every)
             if value == "loss" and curve.validation:
                 at, nats = place(curve, options.against), [row[2] for row in curve.validation]
-                axes.plot([at(*row[:2]) for row in curve.validation], nats, style["marker"], color=style["color"], markersize=7,
-                          markeredgecolor="black", zorder=3)  # fmt: skip
-                y = [*y, *nats]
+                times = [at(*row[:2]) for row in curve.validation]
+                axes.plot(times, nats, style["marker"], color=style["color"], markersize=7, markeredgecolor="black", zorder=3)
+                x, y = [*x, *times], [*y, *nats]
+            ends.append(max(x))
             heights.append(y)
     bottom = min(map(min, heights))
     top = top_of([y[0] for y in heights]) if value == "loss" else max(map(max, heights))
@@ -356,7 +357,7 @@ def draw(axes, curves, options, value=None):
     axes.set_ylim(0 if value == "learning_rate" else bottom - margin, top + margin)
     axes.set_xlabel(AXES[options.against])
     axes.set_ylabel(CURVES[value])
-    axes.set_xlim(0, 1.04 * max(max(x) for group in groups for _, x, _ in group))
+    axes.set_xlim(0, 1.04 * max(ends))
     axes.grid(alpha=0.3)
     return len(groups)
 
