@@ -227,7 +227,7 @@ def test_while_it_trains_the_bar_has_the_figures_of_the_run(watched):
     assert re.search(r"lr [\d.]+", last) and " left" in last
     bpb = re.search(r"step:30/60 val_loss:\S+ val_bpb:(\S+)", (folder / "logs/w.txt").read_text())[1]
     assert f"val {bpb}" in last
-    narrow = {name: [bar for columns, bar in bars if columns == 40 and bar.startswith(name)] for name in ("training", "sliding")}
+    narrow = {name: [bar for columns, bar in bars if columns == 40 and bar.startswith(name) and "%" in bar] for name in ("training", "sliding")}
     assert all(narrow.values()), narrow
     assert all(re.fullmatch(r"sliding score +\d+%\|.{6,}\| \d+:\d\d left", bar) for bar in narrow["sliding"])
     for bar in narrow["training"][1:]:  # the first may be of the 80 columns before
@@ -694,7 +694,7 @@ def test_what_following_costs_is_compared_within_a_round():
 
 def test_a_round_counts_each_step_and_its_pause():
     cost = follow.measure("", shows=True, layers=1, seconds=1.0, step_s=0.02)
-    assert follow.SETTLED < cost.steps <= 50 and cost.step >= 20 and 0 < cost.clock < cost.step - 20 + 1e-6
+    assert follow.SETTLED < cost.steps <= follow.SETTLED + 51 and cost.step >= 20 and 0 < cost.clock < cost.step - 20 + 1e-6
     assert cost.most >= cost.clock and 0 < cost.processor < cost.step
 
 
