@@ -665,12 +665,14 @@ def publish(out: Path, records: list[dict[str, Any]], reasons: dict[str, str]) -
     unfinished = out / "table.part"
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(out / "table.md")
-    done = scores_of(records)
+    done, files = scores_of(records), [out / "table.md"]
     if len(done) > 1 and plot_logs.has_matplotlib():
         try:
             plot_logs.save(plot_logs.effects_figure(done), out / "effects.png")
+            files.append(out / "effects.png")
         except (OSError, ImportError, RuntimeError, ValueError) as error:  # the results are there without it
             print(f"{Path(__file__).name}: no picture: {error}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' and '.join(map(str, files))}", file=sys.stderr)
     return good
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -264,7 +265,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_sweep_ends_with_its_table_and_its_picture(folder, capsys):
     assert sweep(folder, "--set", "MLP_MULT=3:4:2", "--seeds", "1,2,3") == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert re.fullmatch(r"arms\.py: \S+/table\.md and \S+/effects\.png", said.splitlines()[-1])
     _, rows = table_of(shown)
     assert list(rows) == ["(preset)", "MLP_MULT=3", "MLP_MULT=4"]
     assert rows["MLP_MULT=4"]["s.e."] == "0.0058" and rows["MLP_MULT=4"]["against the first"] == "-0.2000 \u00b1 0.0082"

@@ -303,6 +303,23 @@ def test_effects_are_the_tables(tmp_path):
     assert [text.get_text() for text in axes.get_yticklabels()] == ["new", "one"]
 
 
+def test_effects_are_named_by_what_differs():
+    assert plot_logs.what_differs(["A=1 B=2", "A=1 B=2 C=3", "A=1 B=5"]) == ["B=2", "B=2 C=3", "B=5"]
+    assert plot_logs.what_differs(["A=1", "A=1 C=3"]) == ["A=1", "C=3"]
+    assert plot_logs.what_differs(["control", "A=1"]) == ["control", "A=1"]
+
+
+def test_long_names_leave_the_curves_their_room(tmp_path):
+    widths = {}
+    for name in ("short", "a_name_of_many_words_that_a_bench_has_made_of_settings"):
+        (tmp_path / f"{name}.txt").write_text(LOG)
+        options = plot_logs.parse_arguments(["x", "--out", "y.png"])
+        figure = plot_logs.plot_curves([plot_logs.read_curve(tmp_path / f"{name}.txt")], options)
+        figure.canvas.draw()
+        widths[name] = figure.axes[0].get_position().width
+    assert all(width > 0.6 for width in widths.values()), widths
+
+
 def test_effects_of_single_seeds_have_no_bars(tmp_path):
     from matplotlib.figure import Figure
 

@@ -55,6 +55,7 @@ LAST_ZEROS = re.compile(r".* zero_frac:(\d\.\d{1,20})$")
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 MOST_SMOOTHING = 10_000  # lines of the log
 RATE_POINTS = 200
+LONG_NAME = 30  # characters; a legend of longer ones beside a picture would take its room
 MOST_STEPS = 2_000_000  # of a run whose batch grows: they are counted one by one
 AXES = {"time": "training time (s)", "steps": "optimizer steps", "tokens": "training tokens (millions)"}
 # value -> label of its axis
@@ -435,7 +436,7 @@ def draw_effects(axes, done):
         axes.annotate(str(difference), (difference.mean + (error or 0.0), row), (8, 0), textcoords="offset points", va="center", fontsize="small",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.axvline(0, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_yticks(range(len(found)), [shortened(arm) for arm in found], parse_math=False)
+    axes.set_yticks(range(len(found)), [shortened(arm) for arm in what_differs([done[0].arm, *found])[1:]], parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.margins(x=0.25)
     first = shortened(done[0].arm, 24)
@@ -446,6 +447,12 @@ def draw_effects(axes, done):
         )
     axes.set_xlabel("\n".join([f"bits per byte against {first} (left is better)", *said]), parse_math=False)
     axes.grid(alpha=0.3, axis="x")
+
+
+def what_differs(arms):
+    """The arms' names without the settings that all of them have; a name that has no others stays."""
+    shared = set.intersection(*(set(arm.split()) for arm in arms))
+    return [" ".join(word for word in arm.split() if word not in shared) or arm for arm in arms]
 
 
 def shortened(name, most=48):
@@ -493,7 +500,10 @@ def plot_curves(curves, options):
         add_legend(figure, axes, loc="outside lower center", ncols=min(3, drawn))
     else:
         axes.set_title(options.title, parse_math=False)
-        add_legend(axes, axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if max(len(curve.name) for curve in curves) > LONG_NAME:
+            add_legend(figure, axes, loc="outside lower center", ncols=1)
+        else:
+            add_legend(axes, axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
