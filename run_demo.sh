@@ -95,6 +95,7 @@ choose_names() {
 # Two sentences that begin a document, always the same ones of a model. What goes wrong here is said, and ends no demo.
 write_sentences() {
   [[ -s $ARTIFACT_PATH ]] || return 0
+  say "two sentences of the model:" # before seconds of silence, as it is loaded
   "$python" tools/sample.py "$ARTIFACT_PATH" --tokenizer "$TOKENIZER_PATH" --sentences 2 --tokens 100 --seed 42 || true
   echo
 }
@@ -102,11 +103,15 @@ write_sentences() {
 # draw_picture RESULT: the run of a result line as a picture beside its log, where there is matplotlib; a picture that fails
 # fails alone. What only scored an artifact has no curves.
 draw_picture() {
-  local log
+  local log artifact
   [[ ! ${EVAL_ONLY:-0} =~ ^(1|[Tt][Rr][Uu][Ee])$ ]] || return 0
-  log=$("$python" -c 'import json, sys; print(json.loads(sys.stdin.read().partition(" ")[2]).get("log_path", ""))' <"$1")
+  { read -r log && read -r artifact; } < <("$python" -c 'import json, sys
+result = json.loads(sys.stdin.read().partition(" ")[2])
+print(result.get("log_path", ""), result.get("artifact_path", ""), sep="\n")' <"$1") || return 0
+  [[ -s $artifact ]] || artifact='' # lost, and said to be
   [[ -n $log ]] && "$python" -c 'import matplotlib' 2>/dev/null || return 0
-  "$python" tools/plot_logs.py "$log" --value overview --out "${log%.txt}.png" || return 0
+  say "drawing the run"
+  "$python" tools/plot_logs.py "$log" --value overview ${artifact:+--artifact "$artifact"} --out "${log%.txt}.png" || return 0
   say "picture ${log%.txt}.png"
 }
 
@@ -114,6 +119,7 @@ main() {
   local python result status=0
   parse_options "$@"
   cd "$ROOT"
+  [[ ! -t 2 || -n ${TRAIN_PYTHON:-} ]] || say "checking ${work}.venv" # seconds, where all is there
   choose_python
   load_demo_preset "$python"
   choose_data

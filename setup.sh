@@ -92,7 +92,7 @@ find_python() {
     fi
     [[ -z $version ]] || found+="${found:+; }$candidate is $version"
   done
-  die "no usable Python 3.10 to 3.13 (${found:-${candidates[0]} does not run}); install one, or name it with --python"
+  die "no usable Python 3.10 to 3.13 (${found:-${candidates[0]} does not run}); install one, or name it with --python; with packages of its own: TRAIN_PYTHON=PYTHON bash run_demo.sh"
 }
 
 # Whether .venv works and, where --python is given, is of that version.

@@ -1603,6 +1603,7 @@ def warm_up(model: GPT, world: World, log: Log, take_step: TrainingStep) -> floa
     take_step.restart()
     if not cfg.temp_scaling:
         return 0.0
+    log.view.phase("temperature warm-up")
     sequences = calibration_sequences(cfg, world) // world.size
     x = torch.randint(cfg.vocab_size, (sequences, cfg.train_seq_len), device=world.device)
     for _ in range(1 + x.is_cuda):  # the first call also loads kernels
@@ -1661,14 +1662,14 @@ def training_loop(model: GPT, take_step: TrainingStep, world: World, log: Log, v
             if batches.epoch > epoch:
                 epoch = batches.epoch
                 log(f"epoch:{epoch} begins at step:{step} (the run reads more tokens than DATA_PATH holds)")
-            stage = schedule(cfg, step, progress)
+            stage, loop.progress = schedule(cfg, step, progress), progress
             for hook in hooks:
                 stage = hook.stage(stage, step, progress)
             apply_stage(take_step.optimizers, stage)
             graphs = graphs_compiled()
             take_step.take(*batches.next(stage.batch_tokens // stage.seq_len, stage.seq_len))
             late_graphs += graphs_compiled() - graphs
-            loop.step, loop.progress = step + 1, progress
+            loop.step = step + 1
             loop.pending.append((Reading(take_step.grads.loss), take_step.grads.losses.clone()))
             # waiting for the loss of the step before keeps the GPU's queue at one step; a CPU has none
             loop.read_losses(world.device.type == "cuda")
@@ -1690,6 +1691,7 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
         hook.finish()
     tokens = loop.batches.state()["position"]
     if cfg.temp_scaling:
+        log.view.phase("temperature")
         x, y = loop.batches.next(calibration_sequences(cfg, world), cfg.train_seq_len)
         model.temperature.fill_(calibrate_temperature(model, x, y, world))
     train_time_s = world.agree(clock.finish())
@@ -4866,20 +4868,20 @@ class Phase:
     """A part of the run: which share of it is done, and how that looks on a line."""
 
     def __init__(self, name: str, peak: float, loop: Loop | None = None, step: TrainingStep | None = None) -> None:
-        self.name, self.loop, self.step, self.share, self.loss, self.seen = name, loop, step, 0.0, 0.0, 0
-        self.first = 0.0, time.perf_counter()
+        self.name, self.loop, self.step, self.loss, self.seen = name, loop, step, 0.0, 0
+        self.share, self.at = self.first = 0.0, time.perf_counter()  # done, and since when
         if loop:
             self.start = loop.batches.state()["position"], loop.clock.elapsed()
             self.of_peak = flops_a_token(step.model) / peak if peak else 0.0  # a token a second
 
     def done(self, share: float) -> None:
-        self.share = share
+        self.share, self.at = share, time.perf_counter()
 
     def training(self, val_bpb: str) -> list[str]:
         loop, (tokens, seconds) = self.loop, self.start
-        if loop.progress and not self.share:  # a run may go on where an earlier one was
-            self.first = loop.progress, time.perf_counter()
-        self.share = loop.progress
+        if loop.progress != self.share:
+            self.first = self.first if self.share else (loop.progress, time.perf_counter())  # or where another run was
+            self.done(loop.progress)
         if not math.isfinite(loop.report.loss):
             return []
         self.seen += 1
@@ -4890,16 +4892,18 @@ class Phase:
         return [*said, *[f"val {val_bpb}"] * bool(val_bpb), f"lr {self.step.optimizers[0].group['lr']:.2g}"]
 
     def text(self, columns: int, val_bpb: str, meter: Callable | None) -> str:
-        """At most `columns` wide; of the figures, the most telling first, as many as fit beside a bar of 6."""
+        """At most `columns` wide: name, time left, loss; where there is room a bar of 6, too, and the other figures."""
         said, (share, since) = self.training(val_bpb) if self.loop else [], self.first
         clock = lambda seconds: f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        spent, ahead = time.perf_counter() - since, self.share > share
-        left = spent * (1 - min(1, self.share)) / (self.share - share) if ahead else 0
-        said.insert(0, f"{clock(left)} left" if ahead else clock(spent))
-        while len(said) > 1 and len(self.name) + len(", ".join(said)) + 15 > columns:
+        now, ahead = time.perf_counter(), self.share > share
+        left = (self.at - since) * (1 - min(1, self.share)) / (self.share - share) - (now - self.at) if ahead else 0
+        said.insert(0, f"{clock(max(0, left))} left" if ahead else clock(now - since))
+        room = lambda: columns - len(self.name) - len(", ".join(said))
+        while len(said) > 2 and room() < 15:
             said.pop()
-        if not (self.share and meter):
-            return f"{self.name}{f' {self.share:.0%}' if self.share else ''} {', '.join(said)}"[:columns]
+        if not (self.share and meter) or room() < 15:
+            share = f" {self.share:.0%}" if self.share and room() > 5 else ""
+            return f"{self.name}{share} {', '.join(said[: 1 if room() < 1 else None])}"[:columns]
         narrow = not (sys.stderr.encoding or "").lower().startswith("utf")
         return meter(min(self.share, 1.0), 1, 0, ncols=columns, prefix=self.name, ascii=narrow, said=", ".join(said),
                      bar_format="{desc} {percentage:3.0f}%|{bar}| {said}")  # fmt: skip

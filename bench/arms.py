@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -444,7 +445,10 @@ def data_folder(prefix: str, settings: dict[str, str], config: type) -> Path:
     for folder in (Path(prefix + vocab), Path(prefix)):
         if all(any(folder.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")):
             return folder.resolve()
-    raise BadArguments(f"--data {prefix}: expected fineweb_train_*.bin and fineweb_val_*.bin in {prefix}{vocab}")
+    others = [path for path in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}[0-9]*") if any(path.glob("fineweb_val_*.bin"))]
+    found = [name for path in others if (name := str(path).removeprefix(str(Path(prefix)))).isdecimal()]
+    hint = f"; for what is there, every --arm needs VOCAB_SIZE={' or '.join(sorted(found, key=int))}" if found else ""
+    raise BadArguments(f"--data {prefix}: expected fineweb_train_*.bin and fineweb_val_*.bin in {prefix}{vocab}{hint}")
 
 
 def web_folder(folder: Path) -> Path:
@@ -661,12 +665,14 @@ def publish(out: Path, records: list[dict[str, Any]], reasons: dict[str, str]) -
     unfinished = out / "table.part"
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(out / "table.md")
-    done = scores_of(records)
+    done, files = scores_of(records), [out / "table.md"]
     if len(done) > 1 and plot_logs.has_matplotlib():
         try:
             plot_logs.save(plot_logs.effects_figure(done), out / "effects.png")
+            files.append(out / "effects.png")
         except (OSError, ImportError, RuntimeError, ValueError) as error:  # the results are there without it
             print(f"{Path(__file__).name}: no picture: {error}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' and '.join(map(str, files))}", file=sys.stderr)
     return good
 
 

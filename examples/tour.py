@@ -13,8 +13,10 @@
 
 # %%
 import os
+import site
 import subprocess
 import sys
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +38,11 @@ os.chdir(work)
 sys.path[:0] = [str(root), str(root / "tools")]
 missing = [name for name in ("torch", "numpy", "sentencepiece", "networkx", "sympy", "matplotlib") if find_spec(name) is None]
 if missing:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing]).returncode:
+        raise SystemExit(f"pip could not install {', '.join(missing)}, for the reason above; install them, and start again")
+    if site.ENABLE_USER_SITE:  # where pip puts them without root; Python looks there only if the folder was there at its start
+        site.addsitedir(site.getusersitepackages())
+    invalidate_caches()
 
 
 def tool(name, *arguments):
@@ -124,7 +130,7 @@ tool("sample.py", cfg.artifact_path, "--tokenizer", cfg.tokenizer_path, "--sente
 
 # %%
 picture = log.with_suffix(".png")
-tool("plot_logs.py", log, "--value", "overview", "--out", picture)
+tool("plot_logs.py", log, "--value", "overview", "--artifact", result["artifact_path"], "--out", picture)
 if "get_ipython" in globals():
     from IPython.display import Image, display
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -264,7 +265,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_sweep_ends_with_its_table_and_its_picture(folder, capsys):
     assert sweep(folder, "--set", "MLP_MULT=3:4:2", "--seeds", "1,2,3") == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert re.fullmatch(r"arms\.py: \S+/table\.md and \S+/effects\.png", said.splitlines()[-1])
     _, rows = table_of(shown)
     assert list(rows) == ["(preset)", "MLP_MULT=3", "MLP_MULT=4"]
     assert rows["MLP_MULT=4"]["s.e."] == "0.0058" and rows["MLP_MULT=4"]["against the first"] == "-0.2000 \u00b1 0.0082"
@@ -563,3 +565,13 @@ def test_free_runs_for_real_and_goes_on(data_dir, tmp_path, monkeypatch, capsys)
     assert json.loads(before.splitlines()[0])["result"]["git_commit"] == "unknown"  # not that of a folder above
     assert arms.main(command) == 0 and capsys.readouterr().out == shown
     assert (tmp_path / "out/results.jsonl").read_text() == before
+
+
+def test_data_of_another_vocabulary_says_which_it_has(tmp_path):
+    """As run_demo.sh --text names its folder, whose vocabulary follows from the text."""
+    for name in ("mine_sp2048", "mine_sp512", "mine_sp512_web", "mine_sp77"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("other.bin" if name == "mine_sp77" else "fineweb_val_000000.bin")).touch()
+    with pytest.raises(arms.BadArguments) as said:
+        arms.data_folder(f"{tmp_path}/mine_sp", {"VOCAB_SIZE": "4096"}, Config)
+    assert str(said.value).endswith(f"in {tmp_path}/mine_sp4096; for what is there, every --arm needs VOCAB_SIZE=512 or 2048")

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import follow
 import pytest
 import torch
 from conftest import ROOT, environment, fresh_model, launch, on_processes, tiny_config, tokens
@@ -28,7 +29,7 @@ from conftest import ROOT, environment, fresh_model, launch, on_processes, tiny_
 import train_gpt
 from train_gpt import Follower, Phase, Tracking, TrainingStep, View, World, rounded_once
 
-BAR = re.compile(r"([a-z -]+?)(?: +([0-9]+)%\|(.*)\|)? ((?:[0-9]+:[0-9]{2})(?: left)?)(.*)")
+BAR = re.compile(r"([a-z -]+?)(?: +([0-9]+)%(?:\|(.*)\|)?)? ((?:[0-9]+:[0-9]{2})(?: left)?)(.*)")
 
 
 class Screen:
@@ -124,10 +125,10 @@ def set_size(handle: int, columns: int) -> None:
 
 
 def on_terminal(
-    command: list[str], env: dict[str, str], cwd: Path, columns: int, narrow=None
+    command: list[str], env: dict[str, str], cwd: Path, columns: int, resize=None
 ) -> tuple[int, Screen, list[tuple[int, str]], float]:
-    """(exit code, screen, every bar with the width it was drawn at, seconds) of a program in a pseudo-terminal. `narrow` (bar -> bool):
-    then it has half the columns."""
+    """(exit code, screen, every bar with the width it was drawn at, seconds) of a program in a pseudo-terminal. `resize` (bar -> columns
+    or nothing): the width from then on."""
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
     ours, theirs = pty.openpty()
     set_size(theirs, columns)
@@ -149,10 +150,9 @@ def on_terminal(
             screen.feed(part)
             if part.endswith("\x1b[J\r") and screen.bar:
                 bars.append((screen.columns, screen.bar))
-        if narrow and bars and narrow(bars[-1][1]):
-            narrow = None
-            screen.resize(columns // 2)
-            set_size(ours, columns // 2)
+        if resize and bars and (wanted := resize(bars[-1][1])) and wanted != screen.columns:
+            screen.resize(wanted)
+            set_size(ours, wanted)
             os.killpg(child.pid, signal.SIGWINCH)
     os.close(ours)
     if child.poll() is None:
@@ -163,11 +163,15 @@ def on_terminal(
 
 @pytest.fixture(scope="module")
 def watched(data_dir, tmp_path_factory):
-    """A run whose terminal of 80 columns becomes one of 40 while it scores."""
+    """A run whose terminal has 80 columns, and 40 at the end of the training and of the last score."""
     folder = tmp_path_factory.mktemp("watched")
     env = environment(data_dir, run_id="w", iterations=60, val_loss_every=30, sliding_eval_stride=1, sliding_batch_size=2)
-    narrow = lambda bar: bar.startswith("sliding score") and "%" in bar
-    return folder, *on_terminal([sys.executable, str(ROOT / "train_gpt.py")], env, folder, 80, narrow)
+
+    def resize(bar: str) -> int:
+        share = int(found[1]) if (found := re.search(r"(\d+)%", bar)) else 0
+        return {"training": 40 if share >= 70 else 0, "sliding": 40 if share >= 20 else 80}.get(bar.split(" ")[0], 0)
+
+    return folder, *on_terminal([sys.executable, str(ROOT / "train_gpt.py")], env, folder, 80, resize)
 
 
 def printed_lines(log: Path) -> list[str]:
@@ -195,8 +199,10 @@ def test_the_bar_moves_through_the_phases_within_the_width(watched):
     order = [
         "setting up",
         "warm-up",
+        "temperature warm-up",
         "training",
         "validation",
+        "temperature",
         "export",
         "score",
         "reading back",
@@ -212,7 +218,7 @@ def test_the_bar_moves_through_the_phases_within_the_width(watched):
 
 def test_while_it_trains_the_bar_has_the_figures_of_the_run(watched):
     folder, *_, bars, _ = watched
-    training = [bar for columns, bar in bars if bar.startswith("training") and "%" in bar]
+    training = [bar for columns, bar in bars if columns == 80 and bar.startswith("training") and "%" in bar]
     last = training[-1]
     losses = [float(x) for x in re.findall(r" loss:([\d.]+) t:", (folder / "logs/w.txt").read_text())]
     assert min(losses) - 0.1 < float(re.search(r"loss ([\d.]+)", last)[1]) < max(losses)
@@ -221,8 +227,13 @@ def test_while_it_trains_the_bar_has_the_figures_of_the_run(watched):
     assert re.search(r"lr [\d.]+", last) and " left" in last
     bpb = re.search(r"step:30/60 val_loss:\S+ val_bpb:(\S+)", (folder / "logs/w.txt").read_text())[1]
     assert f"val {bpb}" in last
-    full = [bar for columns, bar in bars if columns == 40 and "%" in bar]
-    assert full and all(re.fullmatch(r"sliding score +\d+%\|.{6,}\| \d+:\d\d left", bar) for bar in full)
+    narrow = {name: [bar for columns, bar in bars if columns == 40 and bar.startswith(name) and "%" in bar] for name in ("training", "sliding")}
+    assert all(narrow.values()), narrow
+    assert all(re.fullmatch(r"sliding score +\d+%\|.{6,}\| \d+:\d\d left", bar) for bar in narrow["sliding"])
+    for bar in narrow["training"][1:]:  # the first may be of the 80 columns before
+        assert min(losses) - 0.1 < float(re.fullmatch(r"training \d+% \d+:\d\d left, loss (\d\.\d{3})", bar)[1]) < max(losses), (
+            bar
+        )
 
 
 def test_where_no_terminal_is_lines_are_all_there_is(data_dir, tmp_path):
@@ -342,6 +353,21 @@ def test_time_left_loss_and_rate_are_what_the_loop_has(monkeypatch):
     assert text == "training 25% 1:30 left, loss 2.500, 2.50M tok/s, val 1.2345, lr 0.012"
 
 
+def test_time_left_runs_down_while_a_part_takes_long(monkeypatch):
+    """Of four parts of 30 s; the second takes 100."""
+    now = [5.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    phase = Phase("score", 0)
+    now[0] += 30
+    phase.done(0.25)
+    for seconds, said in ((0, "1:30"), (10, "1:20"), (29, "1:01"), (95, "0:00")):
+        now[0] = 35 + seconds
+        assert phase.text(79, "", None) == f"score 25% {said} left"
+    now[0] = 135
+    phase.done(0.5)
+    assert phase.text(79, "", None) == "score 50% 2:10 left"
+
+
 def test_what_does_not_fit_is_left_out_the_least_telling_first(monkeypatch):
     from tqdm import tqdm
 
@@ -350,7 +376,18 @@ def test_what_does_not_fit_is_left_out_the_least_telling_first(monkeypatch):
         text = phase.text(columns, "1.2345", tqdm.format_meter)
         assert len(text) <= columns
         widths[columns] = len(text.split(", "))
-    assert sorted(widths.values()) == list(widths.values()) and (widths[40], widths[44], widths[69], widths[79]) == (1, 2, 4, 5)
+    assert sorted(widths.values()) == list(widths.values()) and (widths[29], widths[40], widths[69], widths[79]) == (1, 2, 4, 5)
+    phase.loss = phase.loop.report.loss = 2.5
+    assert re.search(r"\|.{6,}\| 1:30 left, loss 2.500$", phase.text(44, "1.2345", tqdm.format_meter))
+    narrow = {43: "training 25% 1:30 left, loss 2.500", 35: "training 25% 1:30 left, loss 2.500", 34: "training 1:30 left, loss 2.500",
+              30: "training 1:30 left, loss 2.500", 29: "training 1:30 left", 18: "training 1:30 left", 12: "training 1:3"}  # fmt: skip
+    assert {columns: phase.text(columns, "1.2345", tqdm.format_meter) for columns in narrow} == narrow
+    phase.name, phase.loop = "sliding score", None
+    assert [phase.text(columns, "", tqdm.format_meter) for columns in (36, 22)] == [
+        "sliding score 25% 1:30 left",
+        "sliding score 1:30 lef",
+    ]
+    assert re.fullmatch(r"sliding score +25%\|.{6,}\| 1:30 left", phase.text(37, "", tqdm.format_meter))
 
 
 def test_the_share_of_the_peak_is_that_of_the_models_flops(monkeypatch):
@@ -643,3 +680,27 @@ def test_when_off_nothing_is_done(data_dir, tmp_path, monkeypatch):
     assert not step.hooks and View().phase("training") is train_gpt.nothing
     with contextlib.redirect_stderr(io.StringIO()):
         assert type(Follower.from_env(cfg, World(), {"TERM": "xterm"})) is View
+
+
+# -------------------------------------------------------------------------------------------------- bench/follow.py
+
+
+def test_what_following_costs_is_compared_within_a_round():
+    """The second round met other work, which lengthens both of its steps by a half: their ratio stays."""
+    off = [follow.Cost(0.1, 0.2, 60.0, 1.0, 9), follow.Cost(0.1, 0.2, 90.0, 1.0, 9), follow.Cost(0.2, 0.3, 60.0, 1.0, 9)]
+    costs = [follow.Cost(0.4, 0.5, 63.0, 7.0, 9), follow.Cost(0.5, 3.0, 94.5, 9.0, 9), follow.Cost(0.3, 0.6, 60.0, 7.0, 9)]
+    assert follow.medians(costs, off) == pytest.approx((0.4, 0.6, 1.05))
+
+
+def test_a_round_counts_each_step_and_its_pause():
+    cost = follow.measure("", shows=True, layers=1, seconds=1.0, step_s=0.02)
+    assert follow.SETTLED < cost.steps <= follow.SETTLED + 51 and cost.step >= 20 and 0 < cost.clock < cost.step - 20 + 1e-6
+    assert cost.most >= cost.clock and 0 < cost.processor < cost.step
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--seconds", "-1"]])
+def test_mistakes_of_the_bench_are_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["follow.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        follow.main()
+    assert end.value.code == 2 and f"{arguments[0]} {arguments[1]}" in (said := capsys.readouterr().err) and said.count("\n") == 1

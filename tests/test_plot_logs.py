@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from xml.etree import ElementTree
 
 import plot_logs
 import pytest
@@ -35,7 +36,7 @@ def test_a_curve_is_read_and_drawn(tmp_path):
     assert lines[0].get_xdata().tolist() == [0.5, 1.0, 1.5] and lines[0].get_ydata().tolist() == [8, 6, 5]
     assert {(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots} == {(4.5, 4)}
     low, high = axes.get_ylim()
-    assert low < 4 and high > 8
+    assert low < 4 and high > 8 and axes.get_xlim()[1] > 4.5  # the validation is later than the last line of the training
 
 
 def test_smoothing_follows_the_steep_beginning():
@@ -100,6 +101,7 @@ def test_the_logs_of_a_fresh_clone_are_drawn(tmp_path, capsys):
     (["run.txt", "--out", "picture.xyz"], "--out picture.xyz: expected a name that ends in .png"),
     (["run.txt", "--out", "no/picture.png"], "--out no/picture.png: there is no folder no"),
     (["run.txt", "--title", "two\nlines"], "expected one line of text"),
+    (["run.txt", "--artifact", "a.ptz"], "--artifact a.ptz: belongs to --value zero_fraction and --value overview"),
     (["run.txt", "--value", "val_bpb", "--foo"], "unrecognized arguments: --foo"),
     ([], "LOG"),
 ])  # fmt: skip
@@ -184,7 +186,7 @@ def test_tokens_are_those_of_the_batches(tmp_path):
     assert [tokens(step, 0) for step in (1, 25, 26, 100)] == [128, 25 * 128, 25 * 128 + 256, 25 * 128 + 75 * 256]
 
 
-def test_a_growing_batch_has_the_tokens_of_a_real_run(data_dir, tmp_path):
+def test_a_growing_batch_has_the_tokens_of_a_real_run_and_its_artifact_the_zeros(data_dir, tmp_path, capsys):
     ramp = {"BATCH_RAMP_START": "64", "BATCH_RAMP_FRAC": "0.5", "TRAIN_LOG_EVERY": "1", "RUN_ID": "r", "TEMP_SCALING": "0"}
     data = {"DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
     done = launch(TINY | ramp | data | {"SLIDING_EVAL": "0", "CHURN_LOG_EVERY": "6", "VAL_LOSS_EVERY": "10"}, tmp_path)
@@ -195,6 +197,56 @@ def test_a_growing_batch_has_the_tokens_of_a_real_run(data_dir, tmp_path):
     assert curve.zeros[-1][1] == pytest.approx(curve.result["zero_frac"], abs=1e-3)
     sizes = plot_logs.stream_bytes(curve)
     assert sum(sizes.values()) == curve.result["artifact_bytes"] and list(sizes) == [*plot_logs.STREAMS, "header"]
+    zeros_by_layer_are_the_runs(tmp_path, curve, capsys)
+
+
+def zeros_by_layer_are_the_runs(folder, curve, capsys):
+    """The trained model's total, which the program counted in training, is the drawn shares' mean over the weights of their matrices,
+    whose sizes are written out here; a matrix's own share is the one that inspect_artifact.py's table has."""
+    import inspect_artifact
+    from matplotlib.figure import Figure
+
+    artifact = folder / "final_model.ternary.ptz"
+    kinds, axes = plot_logs.zeros_by_layer(artifact, [curve]), Figure().subplots()
+    plot_logs.draw_layers(axes, kinds, artifact.name)
+    cfg = curve.config
+    width, heads = cfg["model_dim"], cfg["model_dim"] // cfg["num_heads"]
+    sizes = {"attention.qkv": width * (width + 2 * heads * cfg["num_kv_heads"]), "attention.out": width * width,
+             "mlp.up": width * width * cfg["mlp_mult"], "mlp.down": width * width * cfg["mlp_mult"]}  # fmt: skip
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    assert drawn.keys() == sizes.keys() and all(line.get_xdata().tolist() == [0, 1, 2] for line in drawn.values())
+    zeros = sum(sizes[kind] * share / 100 for kind, line in drawn.items() for share in line.get_ydata())
+    assert zeros / (3 * sum(sizes.values())) == pytest.approx(curve.result["zero_frac"], abs=1e-6)
+    assert len({(line.get_linestyle(), line.get_marker()) for line in drawn.values()}) == len(drawn)  # told apart in grey
+    low, high = axes.get_ylim()
+    assert all(low < share < high for line in drawn.values() for share in line.get_ydata())
+    capsys.readouterr()
+    assert inspect_artifact.main([str(artifact)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks.1.mlp.down.weight ")]
+    assert f" {drawn['mlp.down'].get_ydata()[1]:.1f} % " in row
+
+    log = folder / "logs/r.txt"
+    for value, name in (("zero_fraction", "p.svg"), ("overview", "p.svg"), ("overview", "p.png")):
+        out = folder / name
+        assert plot_logs.main([str(log), "--value", value, "--artifact", str(artifact), "--out", str(out)]) == 0
+        if name.endswith("svg"):
+            assert {"zeros of each matrix (%)", "layer of final_model.ternary.ptz (0: the first)", "attention.out"} <= texts_of(
+                out
+            )
+    (folder / "other.ptz").write_bytes(artifact.read_bytes()[:-1])
+    other = folder / "other.txt"
+    other.write_text(LOG)
+    for arguments, said in (([log, "--artifact", folder / "other.ptz"], f"{folder / 'other.ptz'}: "),
+                            ([other, "--artifact", artifact], f"--artifact {artifact}: its SHA-256 is "),
+                            ([log, "--artifact", folder / "none.ptz"], "none.ptz: No such file or directory; expected an artifact")):  # fmt: skip
+        assert plot(folder, *arguments, "--value", "overview") == 2 and not (folder / "picture.png").exists()
+        complaint = capsys.readouterr().err
+        assert complaint.startswith("plot_logs.py: error: ") and said in complaint and complaint.count("\n") == 1
+
+
+def texts_of(svg):
+    """What is written in a picture."""
+    return {"".join(text.itertext()) for text in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")}
 
 
 def test_zeros_stand_at_the_time_of_their_step(tmp_path):
@@ -249,6 +301,23 @@ def test_effects_are_the_tables(tmp_path):
     assert "hollow, dotted: one seed, with the spread of base" in axes.get_xlabel()
     assert [c.lines[0].get_markerfacecolor() for c in (new, one)] == [plot_logs.COLOURS[0], "white"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["new", "one"]
+
+
+def test_effects_are_named_by_what_differs():
+    assert plot_logs.what_differs(["A=1 B=2", "A=1 B=2 C=3", "A=1 B=5"]) == ["B=2", "B=2 C=3", "B=5"]
+    assert plot_logs.what_differs(["A=1", "A=1 C=3"]) == ["A=1", "C=3"]
+    assert plot_logs.what_differs(["control", "A=1"]) == ["control", "A=1"]
+
+
+def test_long_names_leave_the_curves_their_room(tmp_path):
+    widths = {}
+    for name in ("short", "a_name_of_many_words_that_a_bench_has_made_of_settings"):
+        (tmp_path / f"{name}.txt").write_text(LOG)
+        options = plot_logs.parse_arguments(["x", "--out", "y.png"])
+        figure = plot_logs.plot_curves([plot_logs.read_curve(tmp_path / f"{name}.txt")], options)
+        figure.canvas.draw()
+        widths[name] = figure.axes[0].get_position().width
+    assert all(width > 0.6 for width in widths.values()), widths
 
 
 def test_effects_of_single_seeds_have_no_bars(tmp_path):
@@ -306,5 +375,7 @@ def test_readmes_pictures_are_drawn_by_the_command_it_gives(name, tmp_path):
 
 def test_a_line_with_a_number_of_a_thousand_digits_is_no_line_of_a_log(tmp_path):
     """As a float it would be infinite, and an axis with it."""
-    (tmp_path / "a.txt").write_text(f"step:1/9 loss:{'9' * 1000} t:5ms\nstep:2/{'9' * 5000} loss:3.5 t:6ms\nstep:3/9 loss:3.0 t:7ms\n")
+    (tmp_path / "a.txt").write_text(
+        f"step:1/9 loss:{'9' * 1000} t:5ms\nstep:2/{'9' * 5000} loss:3.5 t:6ms\nstep:3/9 loss:3.0 t:7ms\n"
+    )
     assert plot_logs.read_curve(tmp_path / "a.txt").training == [(3, 0.007, 3.0)]

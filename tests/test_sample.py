@@ -14,6 +14,7 @@ from pathlib import Path
 import arms
 import pytest
 import sample
+import speak
 import torch
 from conftest import ROOT, TINY, tiny_model, tokens
 from test_presets import PRESETS, tiny_arm
@@ -266,3 +267,19 @@ def test_the_demo_ends_with_two_sentences(tree, run_folder):  # noqa: F811
         written = done.stdout.split("training  ")[1].split("\n", 2)[2].removesuffix(f"{RESULT_LINE}\n").strip()
         assert bool(written) == sentences and ("tokens/s" in done.stderr) == sentences
         assert ("sample.py: error: " in done.stderr) != sentences
+
+
+def test_the_bench_times_the_tokens_that_it_draws(monkeypatch):
+    """bench/speak.py: as many tokens as asked, behind as many as asked, by a clock that gives each a tenth of a second."""
+    fed, now = [], [0.0]
+    context = sample.Context(tiny_model())
+    feed = context.feed
+
+    def counted(ids, *rest):
+        fed.append(len(ids))
+        now[0] += 0.1
+        return feed(ids, *rest)
+
+    monkeypatch.setattr(context, "feed", counted)
+    monkeypatch.setattr(speak.time, "perf_counter", lambda: now[0])
+    assert speak.rates(context, 7, 5)[0] == pytest.approx(10) and fed == [7, 1, 1, 1, 1, 1]

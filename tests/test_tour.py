@@ -110,3 +110,12 @@ def test_a_file_that_is_no_script_is_refused_and_kept(tmp_path, capsys):
     assert path.read_text() == "# %%\n"
     assert make_notebook.main([str(tmp_path / "none.py")]) == 2
     assert "none.py: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_tour_that_cannot_install_what_is_missing_says_so(tmp_path):
+    """PIP_NO_INDEX: pip finds nothing, as without a network or a place to write."""
+    (tmp_path / "train_gpt.py").touch()
+    (tmp_path / "tour.py").write_text(SCRIPT.read_text().replace('"matplotlib")', '"no-package-of-this-name")'))
+    done = launch({"PIP_NO_INDEX": "1"}, tmp_path, argv=["tour.py"])
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        "pip could not install no-package-of-this-name, for the reason above; install them, and start again")  # fmt: skip

@@ -4,6 +4,7 @@
     python tools/plot_logs.py logs/*.txt --out curves.png                       the loss of several runs over the time
     python tools/plot_logs.py logs/*.txt --out curves.svg --against tokens --value val_bpb
     python tools/plot_logs.py logs/demo.txt --value overview --out demo.png     loss, learning rate, zeros and bytes of a run
+    python tools/plot_logs.py logs/demo.txt --value zero_fraction --artifact FILE --out zeros.png    and by layer
     python tools/plot_logs.py data/bench/free/results.jsonl --value effects --out effects.png
 
 A log is one of train_gpt.py's (or of a script with the same lines): `step:N/M loss:L t:Tms` and `step:N/M val_loss:L val_bpb:B
@@ -20,12 +21,16 @@ curve each with one look. A run has a colour, a line and a marker of its own, so
     overview       loss, learning rate, zero fraction and bytes, side by side
     effects        of the arms in a results.jsonl of bench/arms.py: differences against the first arm, with standard errors
 
-Needs matplotlib (bash setup.sh --tests). The learning rate, and tokens of a batch that grows, need what train_gpt.py needs.
+A log has the zeros of all matrices together. --artifact FILE, one run's, adds a panel of each matrix's by layer to zero_fraction and
+to overview; an artifact that is no log's is refused, by its SHA-256.
+
+Needs matplotlib (bash setup.sh --tests). The learning rate, tokens of a batch that grows and an artifact need what train_gpt.py needs.
 """
 
 import argparse
 import bisect
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import math
@@ -50,12 +55,14 @@ LAST_ZEROS = re.compile(r".* zero_frac:(\d\.\d{1,20})$")
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 MOST_SMOOTHING = 10_000  # lines of the log
 RATE_POINTS = 200
+LONG_NAME = 30  # characters; a legend of longer ones beside a picture would take its room
 MOST_STEPS = 2_000_000  # of a run whose batch grows: they are counted one by one
 AXES = {"time": "training time (s)", "steps": "optimizer steps", "tokens": "training tokens (millions)"}
 # value -> label of its axis
 CURVES = {"loss": "loss (nats per token)", "val_bpb": "validation (bits per byte)",
           "learning_rate": "learning rate of the matrices", "zero_fraction": "zeros among the ternary weights (%)"}  # fmt: skip
 VALUES = (*CURVES, "bytes", "overview", "effects")
+BY_LAYER = ("zero_fraction", "overview")  # values that --artifact adds a panel to
 STREAMS = ("trits", "scales", "tables", "controls")  # in the order of the artifact; older logs have a list of them
 
 # Okabe and Ito's colours, yellow left out, which colour-blind people tell apart (jfly.uni-koeln.de/color). Their numbers and those
@@ -230,6 +237,26 @@ def stream_bytes(curve):
     return found | {"header": max(0, number(curve, "result", "artifact_bytes") - sum(found.values()))}
 
 
+def zeros_by_layer(path, curves):
+    """{kind of matrix, as attention.qkv: [(layer, per cent of zeros)]} of an artifact, in its order; UserError unless it is that of
+    one of the logs and holds ternary matrices."""
+    from model_files import load_model  # imports torch
+    from report_model import layers_of
+
+    loaded, found = load_model(path), {}
+    digest = hashlib.sha256(loaded.blob).hexdigest()
+    if all(curve.result.get("artifact_sha256") != digest for curve in curves):
+        raise UserError(f"--artifact {path}: its SHA-256 is {digest[:12]}..., which no log has as its artifact's")
+    for matrix in layers_of(loaded.model).matrices:
+        if matrix.storage == "ternary":
+            place = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", matrix.name)
+            assert place, matrix.name
+            found.setdefault(place[2], []).append((int(place[1]), 100 * matrix.zeros))
+    if not found:
+        raise UserError(f"--artifact {path}: it holds no ternary matrix")
+    return found
+
+
 # -------------------------------------------------------------------------------------------------- curves
 
 
@@ -312,7 +339,7 @@ def drawable(curves, options, value):
 def draw(axes, curves, options, value=None):
     """All curves, the best first in the legend."""
     value = value or options.value
-    groups, heights = drawable(curves, options, value), []
+    groups, heights, ends = drawable(curves, options, value), [], []
     for i, group in enumerate(groups):
         style = look(i, len(groups)) | {"linewidth": 1.1 if len(group) > 1 else 1.5}
         for n, (curve, x, y) in enumerate(group):
@@ -320,9 +347,10 @@ def draw(axes, curves, options, value=None):
             axes.plot(x, y, label=None if n else label([c for c, *_ in group]), **every)
             if value == "loss" and curve.validation:
                 at, nats = place(curve, options.against), [row[2] for row in curve.validation]
-                axes.plot([at(*row[:2]) for row in curve.validation], nats, style["marker"], color=style["color"], markersize=7,
-                          markeredgecolor="black", zorder=3)  # fmt: skip
-                y = [*y, *nats]
+                times = [at(*row[:2]) for row in curve.validation]
+                axes.plot(times, nats, style["marker"], color=style["color"], markersize=7, markeredgecolor="black", zorder=3)
+                x, y = [*x, *times], [*y, *nats]
+            ends.append(max(x))
             heights.append(y)
     bottom = min(map(min, heights))
     top = top_of([y[0] for y in heights]) if value == "loss" else max(map(max, heights))
@@ -330,9 +358,24 @@ def draw(axes, curves, options, value=None):
     axes.set_ylim(0 if value == "learning_rate" else bottom - margin, top + margin)
     axes.set_xlabel(AXES[options.against])
     axes.set_ylabel(CURVES[value])
-    axes.set_xlim(0, 1.04 * max(max(x) for group in groups for _, x, _ in group))
+    axes.set_xlim(0, 1.04 * max(ends))
     axes.grid(alpha=0.3)
     return len(groups)
+
+
+def draw_layers(axes, kinds, name):
+    """A line a kind of matrix over the layers, of what `zeros_by_layer` found."""
+    for i, (kind, rows) in enumerate(kinds.items()):
+        axes.plot(*zip(*rows, strict=True), label=kind, linewidth=1.5, **look(i, 1) | {"markevery": None, "markersize": 6})
+    low, high = (end(share for rows in kinds.values() for _, share in rows) for end in (min, max))
+    axes.set_ylim(low - 0.5 - 0.04 * (high - low), high + 0.5 + 0.04 * (high - low))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(f"layer of {shortened(name)} (0: the first)", parse_math=False)
+    axes.set_ylabel("zeros of each matrix (%)")
+    axes.grid(alpha=0.3)
+    columns = len(kinds) if len(kinds) < 5 else 3
+    axes.legend(frameon=False, fontsize="small", handlelength=2.8, columnspacing=0.9, loc="lower center", bbox_to_anchor=(0.45, 1),
+                ncols=columns)  # fmt: skip
 
 
 def mean_bytes(curves):
@@ -393,7 +436,7 @@ def draw_effects(axes, done):
         axes.annotate(str(difference), (difference.mean + (error or 0.0), row), (8, 0), textcoords="offset points", va="center", fontsize="small",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     axes.axvline(0, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_yticks(range(len(found)), [shortened(arm) for arm in found], parse_math=False)
+    axes.set_yticks(range(len(found)), [shortened(arm) for arm in what_differs([done[0].arm, *found])[1:]], parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.margins(x=0.25)
     first = shortened(done[0].arm, 24)
@@ -404,6 +447,12 @@ def draw_effects(axes, done):
         )
     axes.set_xlabel("\n".join([f"bits per byte against {first} (left is better)", *said]), parse_math=False)
     axes.grid(alpha=0.3, axis="x")
+
+
+def what_differs(arms):
+    """The arms' names without the settings that all of them have; a name that has no others stays."""
+    shared = set.intersection(*(set(arm.split()) for arm in arms))
+    return [" ".join(word for word in arm.split() if word not in shared) or arm for arm in arms]
 
 
 def shortened(name, most=48):
@@ -441,11 +490,20 @@ def new_figure(width, height):
 
 
 def plot_curves(curves, options):
-    figure = new_figure(9, 5.6)
-    axes = figure.subplots()
-    draw(axes, curves, options)
-    axes.set_title(options.title, parse_math=False)
-    add_legend(axes, axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    """One panel, and one of the layers where there is an artifact."""
+    figure = new_figure(12 if options.artifact else 9, 5.6)
+    axes, *more = figure.subplots(1, 2 if options.artifact else 1, squeeze=False)[0]
+    drawn = draw(axes, curves, options)
+    if more:
+        draw_layers(more[0], zeros_by_layer(options.artifact, curves), options.artifact.name)
+        figure.suptitle(options.title, parse_math=False)
+        add_legend(figure, axes, loc="outside lower center", ncols=min(3, drawn))
+    else:
+        axes.set_title(options.title, parse_math=False)
+        if max(len(curve.name) for curve in curves) > LONG_NAME:
+            add_legend(figure, axes, loc="outside lower center", ncols=1)
+        else:
+            add_legend(axes, axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -457,20 +515,24 @@ def plot_bytes(curves, options):
 
 
 def plot_overview(curves, options):
-    """Four panels; what no log has is left out, the loss at least is there."""
-    figure = new_figure(11, 7.2)
-    panels = figure.subplots(2, 2).flatten()
-    drawn = draw(panels[0], curves, options, "loss")
-    rest = [lambda axes: draw(axes, curves, options, "learning_rate"), lambda axes: draw(axes, curves, options, "zero_fraction"),
-            lambda axes: draw_bytes(axes, curves)]  # fmt: skip
-    for axes, draw_panel in zip(panels[1:], rest, strict=True):
+    """Four panels, five with an artifact; what no log has is left out, the loss at least is there."""
+    kinds = zeros_by_layer(options.artifact, curves) if options.artifact else {}
+    figure = new_figure(11, 10 if kinds else 7.2)
+    layout = [["loss", "rate"], ["zeros", "layers"], ["bytes", "bytes"]] if kinds else [["loss", "rate"], ["zeros", "bytes"]]
+    panels = figure.subplot_mosaic(layout, height_ratios=[1, 1, 0.6][: len(layout)])
+    drawn = draw(panels["loss"], curves, options, "loss")
+    rest = {"rate": lambda axes: draw(axes, curves, options, "learning_rate"), "zeros": lambda axes: draw(axes, curves, options, "zero_fraction"),
+            "bytes": lambda axes: draw_bytes(axes, curves)}  # fmt: skip
+    for name, draw_panel in rest.items():
         try:
-            draw_panel(axes)
+            draw_panel(panels[name])
         except UserError as error:
-            axes.set_axis_off()
+            panels[name].set_axis_off()
             print(f"plot_logs.py: left out: {error}", file=sys.stderr)
+    if kinds:
+        draw_layers(panels["layers"], kinds, options.artifact.name)
     figure.suptitle(options.title, parse_math=False)
-    add_legend(figure, panels[0], loc="outside lower center", ncols=min(3, drawn))
+    add_legend(figure, panels["loss"], loc="outside lower center", ncols=min(3, drawn))
     return figure
 
 
@@ -523,6 +585,7 @@ def parse_arguments(argv):
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--against", choices=AXES, default="time")
     parser.add_argument("--value", choices=VALUES, default="loss")
+    parser.add_argument("--artifact", type=Path, metavar="FILE", help="of one of the logs: the zeros of its matrices, by layer")
     parser.add_argument("--smooth", type=int, default=20, metavar="N", help="training losses in a running mean (default 20)")
     parser.add_argument("--title", default="")
     options = parser.parse_args(argv)
@@ -532,6 +595,8 @@ def parse_arguments(argv):
         parser.error(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")
     if not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.artifact and options.value not in BY_LAYER:
+        parser.error(f"--artifact {options.artifact}: belongs to --value {' and --value '.join(BY_LAYER)}")
     if not options.title.isprintable():
         parser.error(f"--title {options.title!r}: expected one line of text")
     return options
