@@ -30,7 +30,7 @@ class Killed(Exception): ...
 
 def config(data_dir, folder, **settings):
     paths = {"data_path": data_dir, "tokenizer_path": data_dir / "tokenizer.model", "checkpoint_dir": folder / "checkpoints", "log_dir": folder / "logs"}
-    return tiny_config(**{"iterations": 10, "run_id": "x", "temp_scaling": 0, "checkpoint_every": 3} | paths | settings)
+    return tiny_config(**{"iterations": 10, "run_id": "x", "temp_scaling": 0, "checkpoint_every": 3, "num_layers": 2} | paths | settings)
 
 
 def trained(cfg, killed_at=0, world=None):
@@ -55,18 +55,18 @@ def trained(cfg, killed_at=0, world=None):
 
 @pytest.mark.parametrize("state", STATES, ids=str)
 def test_a_resumed_run_ends_with_the_same_bytes(state, data_dir, tmp_path):
-    cfg = config(data_dir, tmp_path, **state)
+    cfg = config(data_dir, tmp_path, iterations=7, checkpoint_every=2, **state)
     expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
     with pytest.raises(Killed):
-        trained(cfg, killed_at=8)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == ["x_00000003.ckpt", "x_00000006.ckpt"]
+        trained(cfg, killed_at=5)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == ["x_00000002.ckpt", "x_00000004.ckpt"]
     blob, figures = trained(dataclasses.replace(cfg, resume="1"))
-    assert blob == expected and (figures["steps"], figures["restarts"]) == (10, 1) and len(figures["first_losses"]) == 10
+    assert blob == expected and (figures["steps"], figures["restarts"]) == (7, 1) and len(figures["first_losses"]) == 7
 
 
 @pytest.mark.parametrize("preset", sorted(arms.SYSTEMS))
 def test_every_preset_goes_on_alike(preset, data_dir, tmp_path):
-    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0)
+    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0, artifact_codec="2bit")
     cfg = train_gpt.Config.from_env(settings | {"CHECKPOINT_DIR": str(tmp_path / "c"), "LOG_DIR": str(tmp_path / "logs")})
     expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
     with pytest.raises(Killed):

@@ -36,7 +36,7 @@ def result_of(output: str) -> dict:
 def one_process(data_dir, tmp_path_factory):
     """A whole run on one process, with validation on the way: (its folder, its result)."""
     folder = tmp_path_factory.mktemp("one")
-    done = launch(environment(data_dir, run_id="one", val_loss_every=8), folder)
+    done = launch(environment(data_dir, run_id="one", val_loss_every=8, artifact_codec="auto"), folder)
     assert done.returncode == 0, done.stderr
     return folder, result_of(done.stdout)
 
@@ -90,16 +90,16 @@ def test_golden_first_losses(one_process):
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(one_process, data_dir, run_here):
     """In another process, and without validation on the way."""
     _, result = one_process
-    again = result_of(run_here(environment(data_dir, run_id="again", sliding_eval=0))[1])
+    again = result_of(run_here(environment(data_dir, run_id="again", sliding_eval=0, artifact_codec="auto"))[1])
     assert again["artifact_sha256"] == result["artifact_sha256"] and again["first_losses"] == result["first_losses"]
-    other = result_of(run_here(environment(data_dir, run_id="other", seed=8, sliding_eval=0))[1])
+    other = result_of(run_here(environment(data_dir, run_id="other", seed=8, sliding_eval=0, artifact_codec="auto"))[1])
     assert other["artifact_sha256"] != result["artifact_sha256"]
     assert other["sliding_val_bpb"] is None
 
 
 def test_two_processes_are_one(one_process, data_dir, tmp_path):
     _, one = one_process
-    done = launch(environment(data_dir, run_id="two"), tmp_path, processes=2, torchrun=True)
+    done = launch(environment(data_dir, run_id="two", artifact_codec="auto"), tmp_path, processes=2, torchrun=True)
     assert done.returncode == 0, done.stderr
     two = result_of(done.stdout)
     assert two["world_size"] == 2 and done.stdout.count("result {") == 1
