@@ -19,6 +19,7 @@ from pathlib import Path
 import forks
 import numpy as np
 import pytest
+from left_out import pytest_deselected, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
@@ -40,24 +41,6 @@ TINY = {
     "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0", "SLIDING_EVAL_STRIDE": "8", "SLIDING_BATCH_SIZE": "64", "TRAIN_LOG_EVERY": "10",
     "VAL_BATCH_SIZE": "1024", "SEED": "7", "ARTIFACT_CODEC": "2bit",  # which takes a hundredth of what `auto` does
 }  # fmt: skip
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    """How many tests `-m "not campaign"` leaves out; a worker of pytest-xdist tells its controller, as all of them do."""
-    for item in items:
-        if item.get_closest_marker("campaign"):
-            notes = getattr(item.config, "workeroutput", vars(item.config))
-            notes["left_out"] = notes.get("left_out", 0) + 1
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: object) -> None:
-    vars(node.config)["left_out"] = getattr(node, "workeroutput", {}).get("left_out", 0)
-
-
-def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
-    if count := vars(config).get("left_out", 0):
-        terminalreporter.write_line(f"{count} tests left out, marked campaign: bash run_tests.sh -m campaign, or python tests/campaign.py suite")
 
 
 def write_shard(path: Path, tokens: np.ndarray, header: tuple[int, ...] | None = None) -> Path:
