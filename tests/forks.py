@@ -33,7 +33,9 @@ class Fork:
     def _line(self) -> str:
         text = b""
         while not text.endswith(b"\n"):
-            text += os.read(self.status, 1) or b"0\n"  # no line: the server has gone
+            if not (character := os.read(self.status, 1)):
+                raise RuntimeError("the server of tests/forks.py has ended")
+            text += character
         return text.decode()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -163,4 +165,4 @@ def _become(asked: dict, out: int, err: int) -> None:
         main.__file__ = kind if os.path.isabs(kind) else os.path.join(os.getcwd(), kind)
         sys.path.insert(0, os.path.dirname(os.path.realpath(kind)))
     sys.modules["__main__"] = main
-    exec(compile(source, name, "exec"), vars(main))
+    exec(compile(source, name, "exec", dont_inherit=True), vars(main))
