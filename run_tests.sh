@@ -16,4 +16,4 @@ source "$(dirname -- "$(readlink -f -- "$0")")/tools/common.sh"
 cd "$ROOT"
 bash setup.sh --quiet --no-data --tests
 "$VENV_PYTHON" -m ruff check .
-exec "$VENV_PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" -m "not campaign" ${work:+-o "cache_dir=${work}.pytest_cache"} "$@"
+exec "$VENV_PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist worksteal -m "not campaign" ${work:+-o "cache_dir=${work}.pytest_cache"} "$@"

@@ -6,13 +6,20 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
+from left_out import pytest_deselected, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "bench")]
@@ -32,26 +39,8 @@ TINY = {
     "VOCAB_SIZE": "320", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "EMBED_DIM": "24",
     "BITNET_GROUP_SIZE": "32", "TRAIN_SEQ_LEN": "32", "YARN_MAX_LEN": "64", "TRAIN_BATCH_TOKENS": "256", "ITERATIONS": "24",
     "WARMUP_STEPS": "1", "MAX_WALLCLOCK_SECONDS": "0", "SLIDING_EVAL_STRIDE": "8", "SLIDING_BATCH_SIZE": "64", "TRAIN_LOG_EVERY": "10",
-    "VAL_BATCH_SIZE": "1024", "SEED": "7",
+    "VAL_BATCH_SIZE": "1024", "SEED": "7", "ARTIFACT_CODEC": "2bit",  # which takes a hundredth of what `auto` does
 }  # fmt: skip
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    """How many tests `-m "not campaign"` leaves out; a worker of pytest-xdist tells its controller, as all of them do."""
-    for item in items:
-        if item.get_closest_marker("campaign"):
-            notes = getattr(item.config, "workeroutput", vars(item.config))
-            notes["left_out"] = notes.get("left_out", 0) + 1
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: object) -> None:
-    vars(node.config)["left_out"] = getattr(node, "workeroutput", {}).get("left_out", 0)
-
-
-def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
-    if count := vars(config).get("left_out", 0):
-        terminalreporter.write_line(f"{count} tests left out, marked campaign: bash run_tests.sh -m campaign, or python tests/campaign.py suite")
 
 
 def write_shard(path: Path, tokens: np.ndarray, header: tuple[int, ...] | None = None) -> Path:
@@ -164,22 +153,106 @@ def family(pid: int) -> list[int]:
     return [pid, *(p for child in (children.read_text().split() if children.exists() else []) for p in family(int(child)))]
 
 
-def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 90, argv: list[str] | None = None) -> subprocess.CompletedProcess:
-    """Run train_gpt.py (under torchrun for more than one process); at the timeout it ends with all its workers."""
+def start(env: dict[str, str], cwd: Path, argv: list[str], out: int, err: int, *, fresh: bool = False) -> forks.Fork | subprocess.Popen:
+    """`python *argv` as a process and a session of its own, its output to open files; with nothing of this process's environment but
+    what says where things are. `fresh`: as a new interpreter, where a fork of one that has torch will not do."""
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")} | {"OMP_NUM_THREADS": "1"}
+    if argv[0] != "-m" and not fresh and forks.can_fork(env):
+        return forks.fork(argv, cwd, clean, env, out, err)
+    return subprocess.Popen([sys.executable, *argv], cwd=cwd, env=clean | env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+
+
+def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 90, argv: list[str] | None = None, *, torchrun: bool = False,
+           fresh: bool = False) -> subprocess.CompletedProcess:  # fmt: skip
+    """Run train_gpt.py as a process of its own, or as several with what torchrun says to each, or under torchrun itself; at the timeout
+    all end with their children."""
     script = argv or [str(ROOT / "train_gpt.py")]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
-    child = subprocess.Popen([sys.executable, *torchrun, *script], cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"} | env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    if torchrun:
+        script, processes = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *script], 1
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        ranks = of_ranks(processes) if processes > 1 else [{}]
+        code = end_of([start(env | own, cwd, script, out.fileno(), err.fileno(), fresh=fresh) for own in ranks], timeout)
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(script, code, out.read().decode(), err.read().decode())
+    assert code is not None, f"timed out after {timeout} s\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+class Running:
+    """A script that was started: its process, what it has printed, and how it ends. After `limit_s` seconds it is killed."""
+
+    def __init__(self, env: dict[str, str], cwd: Path, argv: list[str] | None = None, limit_s: float = 90) -> None:
+        reader, writer = os.pipe()
+        self.stdout, self._err = open(reader), tempfile.TemporaryFile()
+        self.child = start(env, cwd, argv or [str(ROOT / "train_gpt.py")], writer, self._err.fileno())
+        os.close(writer)
+        self._limit = threading.Timer(limit_s, kill_family, [self.child.pid])
+        self._limit.start()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._limit.cancel()
+        self.stdout.close()
+        self._err.close()
+        if self.child.poll() is None:
+            kill_family(self.child.pid)
+
+    def until(self, start: str) -> None:
+        """Read up to the first line that starts so."""
+        for line in self.stdout:
+            if line.startswith(start):
+                return
+        raise AssertionError(f"it ended without a line {start}\n{self.end()}")
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, what it wrote to standard error), once it has ended."""
+        if not self.stdout.closed:
+            self.stdout.read()
+        code = self.child.wait()
+        self._err.seek(0)
+        return code, self._err.read().decode()
+
+
+def kill_family(pid: int) -> None:
+    for each in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def of_ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun says to each of `count` processes."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # below those that the system gives to whoever asks for any
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            break
+    same = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{k: str(v) for k, v in (same | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in range(count)]
+
+
+def end_of(children: list[forks.Fork | subprocess.Popen], timeout: float) -> int | None:
+    """The exit code of the first that fails, after which the others are ended, as torchrun does; else 0. None: at the timeout they and
+    their children were killed."""
+    until = time.monotonic() + timeout
     try:
-        out, err = child.communicate(timeout=timeout)
+        while len(children) > 1 and time.monotonic() < until:
+            codes = [child.poll() for child in children]
+            if any(codes):
+                for child in children:
+                    child.send_signal(signal.SIGTERM)
+                break
+            if None not in codes:
+                break
+            time.sleep(0.02)
+        ended = [child.wait(max(0.1, until - time.monotonic())) for child in children]
     except subprocess.TimeoutExpired:
-        for pid in family(child.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        out, err = child.communicate()
-        raise AssertionError(f"timed out after {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
-    return subprocess.CompletedProcess(script, child.returncode, out, err)
+        for child in children:
+            kill_family(child.pid)
+        return None
+    return next(filter(None, codes if len(children) > 1 else ended), 0)
 
 
 WORKER = """

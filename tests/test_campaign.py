@@ -50,7 +50,9 @@ def test_what_the_suite_says_is_counted(tmp_path, monkeypatch):
 
 def test_run_tests_says_how_many_tests_it_leaves_out(tmp_path):
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_a(): pass\n@pytest.mark.campaign\ndef test_b(): pass\n@pytest.mark.campaign\ndef test_c(): pass\n")
-    (tmp_path / "conftest.py").write_text(f"import runpy\nglobals().update({{k: v for k, v in runpy.run_path({str(ROOT / 'tests/conftest.py')!r}).items() if k.startswith('pytest_')}})\n")
+    hooks = "pytest_deselected, pytest_terminal_summary, pytest_testnodedown"
+    assert f"from left_out import {hooks}" in (ROOT / "tests/conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nfrom left_out import {hooks}\n")
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-m", "not campaign"]
     for processes in ([], ["-n", "2"]):
         done = subprocess.run([*command, *processes, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

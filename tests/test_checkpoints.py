@@ -13,7 +13,7 @@ import threading
 import arms
 import pytest
 import torch
-from conftest import ROOT, TINY, fresh_model, launch, on_processes, tiny_config
+from conftest import TINY, Running, fresh_model, launch, on_processes, tiny_config
 from test_presets import tiny_arm
 
 import train_gpt
@@ -30,7 +30,7 @@ class Killed(Exception): ...
 
 def config(data_dir, folder, **settings):
     paths = {"data_path": data_dir, "tokenizer_path": data_dir / "tokenizer.model", "checkpoint_dir": folder / "checkpoints", "log_dir": folder / "logs"}
-    return tiny_config(**{"iterations": 10, "run_id": "x", "temp_scaling": 0, "checkpoint_every": 3} | paths | settings)
+    return tiny_config(**{"iterations": 10, "run_id": "x", "temp_scaling": 0, "checkpoint_every": 3, "num_layers": 2} | paths | settings)
 
 
 def trained(cfg, killed_at=0, world=None):
@@ -55,18 +55,18 @@ def trained(cfg, killed_at=0, world=None):
 
 @pytest.mark.parametrize("state", STATES, ids=str)
 def test_a_resumed_run_ends_with_the_same_bytes(state, data_dir, tmp_path):
-    cfg = config(data_dir, tmp_path, **state)
+    cfg = config(data_dir, tmp_path, iterations=7, checkpoint_every=2, **state)
     expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
     with pytest.raises(Killed):
-        trained(cfg, killed_at=8)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == ["x_00000003.ckpt", "x_00000006.ckpt"]
+        trained(cfg, killed_at=5)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*.ckpt")) == ["x_00000002.ckpt", "x_00000004.ckpt"]
     blob, figures = trained(dataclasses.replace(cfg, resume="1"))
-    assert blob == expected and (figures["steps"], figures["restarts"]) == (10, 1) and len(figures["first_losses"]) == 10
+    assert blob == expected and (figures["steps"], figures["restarts"]) == (7, 1) and len(figures["first_losses"]) == 7
 
 
 @pytest.mark.parametrize("preset", sorted(arms.SYSTEMS))
 def test_every_preset_goes_on_alike(preset, data_dir, tmp_path):
-    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0)
+    settings = tiny_arm(preset, data_dir, run_id="x", iterations=6, checkpoint_every=2, temp_scaling=0, max_wallclock_seconds=0, artifact_codec="2bit")
     cfg = train_gpt.Config.from_env(settings | {"CHECKPOINT_DIR": str(tmp_path / "c"), "LOG_DIR": str(tmp_path / "logs")})
     expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
     with pytest.raises(Killed):
@@ -213,22 +213,19 @@ def environment(data_dir, **settings):
     return TINY | paths | {key.upper(): str(value) for key, value in settings.items()}
 
 
-KILL = """import signal, subprocess, sys
-child = subprocess.Popen([sys.executable, sys.argv[1]], stdout=subprocess.PIPE, text=True)
-for line in child.stdout:
-    if line.startswith({line!r}):
-        child.send_signal(signal.{name})
-        break
-child.stdout.read()
-sys.exit(child.wait() % 256)"""
+def signalled(env, folder, line, number):
+    """(exit code, stderr) of a run that gets a signal once it has printed a line that starts so."""
+    with Running(env, folder) as run:
+        run.until(line)
+        run.child.send_signal(number)
+        return run.end()
 
 
 def test_a_killed_process_is_gone_on_with(data_dir, tmp_path):
     env = environment(data_dir, iterations=40, checkpoint_every=7, train_log_every=1)
     whole = launch(env | {"CHECKPOINT_EVERY": "0", "ARTIFACT_PATH": "whole.ptz"}, tmp_path)
     assert whole.returncode == 0, whole.stderr
-    script = ["-c", KILL.format(line="checkpoint:", name="SIGKILL"), str(ROOT / "train_gpt.py")]
-    assert launch(env, tmp_path, argv=script).returncode == (-signal.SIGKILL) % 256
+    assert signalled(env, tmp_path, "checkpoint:", signal.SIGKILL)[0] == -signal.SIGKILL
     done = launch(env | {"RESUME": "1"}, tmp_path)
     assert done.returncode == 0 and "resumed step:" in done.stdout, done.stderr
     assert (tmp_path / "final_model.ternary.ptz").read_bytes() == (tmp_path / "whole.ptz").read_bytes()
@@ -238,8 +235,7 @@ def test_a_killed_process_is_gone_on_with(data_dir, tmp_path):
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 0)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(name, code, data_dir, tmp_path):
     env = environment(data_dir, iterations=10**6, checkpoint_every=10**5, train_log_every=1)
-    done = launch(env, tmp_path, argv=["-c", KILL.format(line="step:4/", name=name), str(ROOT / "train_gpt.py")])
-    assert done.returncode == code and done.stderr == f"\ntrain_gpt.py: stopped by {name}\n"
+    assert signalled(env, tmp_path, "step:4/", getattr(signal, name)) == (code, f"\ntrain_gpt.py: stopped by {name}\n")
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert read_checkpoint(path)[0]["step"] >= 4
     assert not (tmp_path / "final_model.ternary.ptz").exists()
@@ -247,9 +243,9 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(name, code, data_dir, tm
 
 def test_a_stop_may_export_what_has_been_trained(data_dir, tmp_path):
     env = environment(data_dir, iterations=10**6, export_on_stop=1, train_log_every=1)
-    done = launch(env, tmp_path, argv=["-c", KILL.format(line="step:4/", name="SIGINT"), str(ROOT / "train_gpt.py")])
+    code, _ = signalled(env, tmp_path, "step:4/", signal.SIGINT)
     result = json.loads(next((tmp_path / "logs").iterdir()).read_text().rpartition("result ")[2])
-    assert done.returncode == 130 and result["stopped_by"] == "SIGINT" and result["steps"] >= 4
+    assert code == 130 and result["stopped_by"] == "SIGINT" and result["steps"] >= 4
     assert result["roundtrip_val_bpb"] == result["val_bpb"] and (tmp_path / "final_model.ternary.ptz").exists()
     assert not (tmp_path / "checkpoints").exists()
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fresh_model, on_processes, tiny_config
+from conftest import ROOT, TINY, Running, fresh_model, of_ranks, on_processes, tiny_config
 
 import train_gpt
 from train_gpt import UserError, World
@@ -44,25 +40,12 @@ sys.exit(train_gpt.run_until_stopped([]))
 
 
 def run_by_hand(env, cwd, count=2, rank=1, fault="pass", before="", envs=None):
-    """Each process's (exit code, stderr), without torchrun, which would end the others itself; one that is stopped is killed then."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """Each process's (stderr, exit code), without anything that would end the others; one that is stopped is killed then."""
     script = cwd / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), fault=fault, rank=rank, before=before, looks=LOOKS))
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
-    clean |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    children = [subprocess.Popen([sys.executable, str(script)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 env=clean | env | {"RANK": str(r), "LOCAL_RANK": str(r)} | (envs or {}).get(r, {})) for r in range(count)]  # fmt: skip
-    ends, deadline = {}, time.monotonic() + 60
-    for r, child in enumerate(children):
-        if not ("SIGSTOP" in fault and r == rank):
-            ends[r] = (child.communicate(timeout=max(1, deadline - time.monotonic()))[1], child.returncode)
-    for child in children:
-        if child.poll() is None:
-            child.kill()
-            child.communicate()
-    return ends
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(Running(env | own | (envs or {}).get(r, {}), cwd, [str(script)])) for r, own in enumerate(of_ranks(count))]
+        return {r: run.end()[::-1] for r, run in enumerate(runs) if not ("SIGSTOP" in fault and r == rank)}
 
 
 def environment(data_dir, **settings):

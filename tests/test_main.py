@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, launch, write_shard
+from conftest import ROOT, TINY, Running, environment, launch, write_shard
 
 import train_gpt
 from train_gpt import World
@@ -35,7 +36,7 @@ def result_of(output: str) -> dict:
 def one_process(data_dir, tmp_path_factory):
     """A whole run on one process, with validation on the way: (its folder, its result)."""
     folder = tmp_path_factory.mktemp("one")
-    done = launch(environment(data_dir, run_id="one", val_loss_every=8), folder)
+    done = launch(environment(data_dir, run_id="one", val_loss_every=8, artifact_codec="auto"), folder)
     assert done.returncode == 0, done.stderr
     return folder, result_of(done.stdout)
 
@@ -89,16 +90,16 @@ def test_golden_first_losses(one_process):
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(one_process, data_dir, run_here):
     """In another process, and without validation on the way."""
     _, result = one_process
-    again = result_of(run_here(environment(data_dir, run_id="again", sliding_eval=0))[1])
+    again = result_of(run_here(environment(data_dir, run_id="again", sliding_eval=0, artifact_codec="auto"))[1])
     assert again["artifact_sha256"] == result["artifact_sha256"] and again["first_losses"] == result["first_losses"]
-    other = result_of(run_here(environment(data_dir, run_id="other", seed=8, sliding_eval=0))[1])
+    other = result_of(run_here(environment(data_dir, run_id="other", seed=8, sliding_eval=0, artifact_codec="auto"))[1])
     assert other["artifact_sha256"] != result["artifact_sha256"]
     assert other["sliding_val_bpb"] is None
 
 
 def test_two_processes_are_one(one_process, data_dir, tmp_path):
     _, one = one_process
-    done = launch(environment(data_dir, run_id="two"), tmp_path, processes=2)
+    done = launch(environment(data_dir, run_id="two", artifact_codec="auto"), tmp_path, processes=2, torchrun=True)
     assert done.returncode == 0, done.stderr
     two = result_of(done.stdout)
     assert two["world_size"] == 2 and done.stdout.count("result {") == 1
@@ -197,11 +198,11 @@ def test_an_artifact_that_is_there_is_kept(data_dir, tmp_path, run_here):
 
 def test_a_reader_that_goes_away_does_not_end_the_run(data_dir, tmp_path):
     """As `python train_gpt.py | head -3` does."""
-    code = "import subprocess, sys; child = subprocess.Popen([sys.executable, sys.argv[1]], stdout=subprocess.PIPE); " \
-           "print([child.stdout.readline() for _ in range(3)] and child.stdout.close(), child.wait())"
-    done = launch(environment(data_dir, iterations=4), tmp_path, argv=["-c", code, str(ROOT / "train_gpt.py")])
-    assert done.stdout == "None 0\n", done.stderr
-    assert done.stderr == "train_gpt.py: warning: standard output cannot be written (Broken pipe); the run goes on, see " \
+    with Running(environment(data_dir, iterations=4), tmp_path) as run:
+        assert all(run.stdout.readline() for _ in range(3))
+        run.stdout.close()
+        code, err = run.end()
+    assert code == 0 and err == "train_gpt.py: warning: standard output cannot be written (Broken pipe); the run goes on, see " \
                           f"{next((tmp_path / 'logs').iterdir()).relative_to(tmp_path)}\n"
     assert (tmp_path / "final_model.ternary.ptz").stat().st_size > 1000
     assert "result {" in next((tmp_path / "logs").iterdir()).read_text()
@@ -209,51 +210,31 @@ def test_a_reader_that_goes_away_does_not_end_the_run(data_dir, tmp_path):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_the_run_with_one_line_and_no_partial_file(name, code, data_dir, tmp_path):
-    wait = f"""import signal, subprocess, sys, time
-child = subprocess.Popen([sys.executable, sys.argv[1]], stdout=subprocess.PIPE, text=True)
-for line in child.stdout:
-    if line.startswith("step:3/"):
-        child.send_signal(signal.{name})
-        break
-child.stdout.read()
-sys.exit(child.wait())"""
-    done = launch(environment(data_dir, iterations=10**6), tmp_path, argv=["-c", wait, str(ROOT / "train_gpt.py")])
-    assert (done.returncode, done.stderr) == (code, f"\ntrain_gpt.py: stopped by {name}\n")
+    with Running(environment(data_dir, iterations=10**6), tmp_path) as run:
+        run.until("step:3/")
+        run.child.send_signal(getattr(signal, name))
+        assert run.end() == (code, f"\ntrain_gpt.py: stopped by {name}\n")
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
 
 
 def test_a_signal_to_torchrun_ends_every_process(data_dir, tmp_path):
-    wait = """import signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", sys.argv[1]], stdout=subprocess.PIPE, text=True)
-for line in child.stdout:
-    if line.startswith("step:3/"):
-        child.send_signal(signal.SIGTERM)
-        break
-child.stdout.read()  # ends when the last process that could write to it has
-child.wait()"""
-    done = launch(environment(data_dir, iterations=10**6), tmp_path, argv=["-c", wait, str(ROOT / "train_gpt.py")])
-    assert done.returncode == 0 and done.stderr.count("train_gpt.py: stopped by SIGTERM") == 1
-
-
-def test_torchruns_report_ends_with_the_users_mistake(data_dir, tmp_path):
-    """Our line, then torchrun's own rule: nothing of it buries what is wrong."""
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
-    done = launch(environment(data_dir, matrix_lr=-1), tmp_path, argv=argv)
-    *_, said, rule = done.stderr.splitlines()
-    assert done.returncode == 1 and set(rule) == {"="}
-    assert re.fullmatch(r" *traceback : train_gpt.py: MATRIX_LR=-1.0: expected .*", said), said
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    with Running(environment(data_dir, iterations=10**6), tmp_path, torchrun) as run:
+        run.until("step:3/")
+        run.child.send_signal(signal.SIGTERM)
+        _, err = run.end()  # of the last process that could write to standard output
+    assert err.count("train_gpt.py: stopped by SIGTERM") == 1
 
 
 def test_help_survives_a_reader_that_goes_away(tmp_path):
-    code = "import subprocess, sys; child = subprocess.Popen([sys.executable, sys.argv[1], '--help'], stdout=subprocess.PIPE); " \
-           "child.stdout.close(); sys.exit(child.wait())"
-    done = launch({}, tmp_path, argv=["-c", code, str(ROOT / "train_gpt.py")])
-    assert (done.returncode, done.stderr) == (0, "")
+    with Running({}, tmp_path, [str(ROOT / "train_gpt.py"), "--help"]) as run:
+        run.stdout.close()
+        assert run.end() == (0, "")
 
 
 def test_importing_starts_nothing():
     code = "import sys, train_gpt; assert 'triton' not in sys.modules and not train_gpt.dist.is_initialized(); print(train_gpt.Config().num_layers)"
-    done = launch({"PYTHONPATH": str(ROOT)}, ROOT, argv=["-c", code])
+    done = launch({"PYTHONPATH": str(ROOT)}, ROOT, argv=["-c", code], fresh=True)
     assert done.returncode == 0 and done.stdout == "10\n"
 
 
@@ -308,16 +289,21 @@ def test_the_process_ends_with_the_line_and_the_code(data_dir, tmp_path):
 
 def test_under_torchrun_the_line_is_printed_once(data_dir, tmp_path, run_here, monkeypatch):
     """Before the processes join, and after: there, a batch of the schedule that two cannot share, though the first one's they can."""
-    slept = []
-    monkeypatch.setattr(train_gpt.time, "sleep", slept.append)
-    (code, _, first), (other_code, _, second) = (run_here(environment(data_dir, num_layrs=3, rank=rank, world_size=2)) for rank in (0, 1))
+    slept, report = [], tmp_path / "report.json"
+    with monkeypatch.context() as m:
+        m.setattr(train_gpt.time, "sleep", slept.append)
+        (code, _, first), (other_code, _, second) = (
+            run_here(environment(data_dir, num_layrs=3, rank=rank, world_size=2, torchelastic_error_file=report)) for rank in (0, 1))
     assert code == other_code == 2 and first.count("did you mean NUM_LAYERS?") == 1 and slept == [3]
+    assert json.loads(report.read_text())["message"]["message"] == first.rstrip("\n")  # which torchrun's report quotes
     # what rank 1 says three seconds later is read only where rank 0 has not ended the run
     assert second.startswith("train_gpt.py: rank 1 of 2: ") and second.removeprefix("train_gpt.py: rank 1 of 2: ") == first.removeprefix("train_gpt.py: ")
-    done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2)
-    assert done.returncode != 0
+    done = launch(environment(data_dir, batch_ramp_start=32), tmp_path, processes=2, torchrun=True)
     said = "train_gpt.py: WORLD_SIZE=2 must divide the 1 sequences of a step (TRAIN_BATCH_TOKENS=32 / TRAIN_SEQ_LEN=32)"
-    assert sum(line.startswith(said) for line in done.stderr.splitlines()) == 1  # and again in torchrun's report
+    *before, again, rule = done.stderr.splitlines()
+    assert sum(line.startswith(said) for line in before) == 1
+    # torchrun's report ends with it, and its own rule: nothing buries what is wrong
+    assert done.returncode == 1 and re.fullmatch(r" *traceback : " + re.escape(said) + ".*", again) and set(rule) == {"="}
 
 
 def test_an_error_that_is_no_users_keeps_its_traceback_and_names_the_process(data_dir, run_here, monkeypatch, capsys):

@@ -819,7 +819,7 @@ def test_tests_take_no_orders_of_another_projects_tests(tree_with_venv):
     stub = tree_with_venv / ".venv" / "bin" / "python"
     stub.write_text(VENV_STUB.replace("if [[", 'if [[ $2 == ruff ]]; then exit; elif [[ $2 == pytest ]]; then echo "$*"; env; elif [[', 1))
     done = bash(f"'{tree_with_venv}/run_tests.sh' -k some", PYTEST_ADDOPTS="-x", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", GIT_DIR="/nowhere")
-    assert done.returncode == 0 and "-m pytest --numprocesses 2 -m not campaign -k some" in done.stdout.splitlines(), done.stderr
+    assert done.returncode == 0 and "-m pytest --numprocesses 2 --dist worksteal -m not campaign -k some" in done.stdout.splitlines(), done.stderr
     assert "PYTEST_" not in done.stdout and "GIT_DIR" not in done.stdout
 
 

@@ -258,7 +258,7 @@ def test_an_evaluation_belongs_to_the_seed_whose_artifact_it_scored(folder, code
 def test_too_few_seeds_and_other_code(folder, code):
     paths = write_runs(folder, code)
     assert breaches(paths[:2]) == {"three seeds"}
-    paths[2] = write_run(folder, pack_code.pack((ROOT / "train_gpt.py").read_text() + "SPARE = 1\n"), 7)
+    paths[2] = write_run(folder, pack_code.pack(GOOD), 7)
     assert breaches(paths) == {"three seeds"}
     (folder / "other.py").write_bytes(code[:-1] + b" ")
     assert breaches(write_runs(folder, code), compliance.Files(folder / "other.py")) == {"code"}

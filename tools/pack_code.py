@@ -14,6 +14,7 @@ Out go comments, spare blanks, docstrings (unless the program reads `__doc__`), 
 
 import ast
 import base64
+import functools
 import hashlib
 import io
 import keyword
@@ -21,7 +22,9 @@ import lzma
 import re
 import sys
 import tokenize
+from bisect import bisect_left
 from pathlib import Path
+from typing import NamedTuple
 
 from command_line import run_command, start
 from run_logs import OneLineParser
@@ -69,25 +72,37 @@ BLIND_DECORATORS = {"staticmethod", "classmethod", "property", "functools.cache"
 STRING_ENDS = {getattr(tokenize, name) for name in ("FSTRING_END", "TSTRING_END") if hasattr(tokenize, name)}
 
 
-def documented_nodes(tree):
+class Inert(NamedTuple):
+    """What of a syntax tree only readers need."""
+
+    documented: list  # modules, classes and functions whose docstring goes
+    settings: list  # calls of `setting` whose words go
+    arguments: list  # these three: whose annotation goes
+    functions: list
+    assignments: list
+
+
+def inert_nodes(tree):
+    nodes = [*ast.walk(tree)]
+    asked = names_and_texts(nodes)
+    documented = [] if asked & {"__doc__", "getdoc"} else documented_nodes(nodes)
+    return Inert(documented, setting_calls(tree, nodes), *annotated_nodes(tree, asked))
+
+
+def documented_nodes(nodes):
     """Modules, classes and functions that have a docstring, which is the first statement of their body."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None]
+    return [node for node in nodes if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None]
 
 
 def needs_pass(node):
     return len(node.body) == 1 and not isinstance(node, ast.Module)
 
 
-def names_and_texts(tree):
+def names_and_texts(nodes):
     """Names, attributes and strings of a program: by one of these it would have to ask for what it reads of itself."""
-    names = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
-    return names | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-
-
-def reads_docstrings(tree):
-    """Whether the program may look at a docstring: then they stay."""
-    return bool(names_and_texts(tree) & {"__doc__", "getdoc"})
+    names = {n.id if isinstance(n, ast.Name) else n.attr for n in nodes if isinstance(n, (ast.Name, ast.Attribute))}
+    return names | {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
 
 
 def declares_settings(tree):
@@ -99,9 +114,9 @@ def declares_settings(tree):
     return False
 
 
-def setting_calls(tree):
+def setting_calls(tree, nodes):
     """Calls of `setting` with a literal meaning, where that function is train_gpt.py's."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     calls = [node for node in calls if node.func.id == "setting" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant)]
     return calls if declares_settings(tree) else []
 
@@ -110,11 +125,11 @@ def for_readers(call):
     return [keyword for keyword in call.keywords if keyword.arg in ("group", "of")]
 
 
-def annotated_nodes(tree):
+def annotated_nodes(tree, asked):
     """(arguments, functions, assignments) whose annotations nothing reads: not a class's, nor those of a function that a decorator
     may read (torch's operators, Triton's kernels), nor any of a program that looks at functions' annotations or evaluates them."""
     late = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" and n.names[0].name == "annotations" for n in tree.body)
-    if not late or names_and_texts(tree) & {"__annotations__", "signature", "getfullargspec"}:
+    if not late or asked & {"__annotations__", "signature", "getfullargspec"}:
         return [], [], []
     arguments, functions, assignments = [], [], []
     todo = [(child, False) for child in tree.body]
@@ -133,7 +148,7 @@ def annotated_nodes(tree):
     return arguments, functions, assignments
 
 
-def inert_spans(source, tree, tokens):
+def inert_spans(source, inert, tokens):
     """[(start, end, text in its place)] of all that goes, in order; positions are (line, column) as in tokens."""
     lines = [line.encode() for line in source.split("\n")]  # splitlines() would split at form feeds, too
 
@@ -146,33 +161,33 @@ def inert_spans(source, tree, tokens):
     def end(node):
         return position(node.end_lineno, node.end_col_offset)
 
-    spans = [] if reads_docstrings(tree) else [
-        (start(n.body[0]), end(n.body[0]), "pass" * needs_pass(n)) for n in documented_nodes(tree)]  # fmt: skip
+    def last_before(positions, at):
+        return positions[bisect_left(positions, at) - 1]
+
+    spans = [(start(n.body[0]), end(n.body[0]), "pass" * needs_pass(n)) for n in inert.documented]
     commas = [position for _, text, position in tokens if text == ","]
     arrows = [position for _, text, position in tokens if text == "->"]
-    for call in setting_calls(tree):
+    for call in inert.settings:
         spans.append((start(call.args[1]), end(call.args[1]), '""'))
-        spans += [(max(c for c in commas if c < start(keyword)), end(keyword), "") for keyword in for_readers(call)]
-    arguments, functions, assignments = annotated_nodes(tree)
-    spans += [(position(a.lineno, a.col_offset + len(a.arg.encode())), end(a), "") for a in arguments]
-    spans += [(max(arrow for arrow in arrows if arrow < start(f.returns)), end(f.returns), "") for f in functions]
-    spans += [(end(node.target), end(node.annotation), "") for node in assignments]
+        spans += [(last_before(commas, start(keyword)), end(keyword), "") for keyword in for_readers(call)]
+    spans += [(position(a.lineno, a.col_offset + len(a.arg.encode())), end(a), "") for a in inert.arguments]
+    spans += [(last_before(arrows, start(f.returns)), end(f.returns), "") for f in inert.functions]
+    spans += [(end(node.target), end(node.annotation), "") for node in inert.assignments]
     return sorted(spans)
 
 
-def without_inert(tree):
-    """The syntax tree without what `inert_spans` names; changes the tree."""
-    for node in [] if reads_docstrings(tree) else documented_nodes(tree):
+def without_inert(tree, inert):
+    """The syntax tree without what is inert in it; changes the tree."""
+    for node in inert.documented:
         node.body[:1] = [ast.Pass()] * needs_pass(node)
-    for call in setting_calls(tree):
+    for call in inert.settings:
         call.args[1] = ast.Constant("")
         call.keywords = [keyword for keyword in call.keywords if keyword not in for_readers(call)]
-    arguments, functions, assignments = annotated_nodes(tree)
-    for argument in arguments:
+    for argument in inert.arguments:
         argument.annotation = None
-    for function in functions:
+    for function in inert.functions:
         function.returns = None
-    plain = {node: ast.Assign([node.target], node.value) for node in assignments}
+    plain = {node: ast.Assign([node.target], node.value) for node in inert.assignments}
 
     class Plain(ast.NodeTransformer):
         def visit_AnnAssign(self, node):  # noqa: N802
@@ -220,10 +235,12 @@ def join_tokens(texts):
     return line
 
 
+@functools.lru_cache(maxsize=2)
 def strip_source(source):
-    """The program without comments, spare blanks and what `inert_spans` names; its syntax tree is checked to be the same else."""
+    """The program without comments, spare blanks and what is inert; its syntax tree is checked to be the same else."""
     tree, tokens = ast.parse(source), list(merged_tokens(source))
-    spans = inert_spans(source, tree, tokens)[::-1]
+    inert = inert_nodes(tree)
+    spans = inert_spans(source, inert, tokens)[::-1]
     lines, line, depth, skipped_to = [], [], 0, (0, 0)
     for kind, text, position in tokens:
         depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
@@ -236,7 +253,7 @@ def strip_source(source):
         elif kind not in LAYOUT and position >= skipped_to:
             line.append(text)
     stripped = "\n".join(lines) + "\n"
-    if ast.dump(ast.parse(stripped)) != ast.dump(without_inert(tree)):
+    if ast.dump(ast.parse(stripped)) != ast.dump(without_inert(tree, inert)):
         raise ValueError("the stripped program differs from the source in more than comments and what is inert")
     return stripped
 
