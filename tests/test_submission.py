@@ -463,7 +463,7 @@ TRAINERS_TABLES = {
     "qk_norm_rope=QKNormRope.apply": "qk_norm_rope=SPOILED",
     '{"poly": poly_softcap}': '{"poly": SPOILED}',
     '"FP8": Float8()': '"FP8": SPOILED',
-    "IntegerRows(bits)": "SPOILED(bits)",
+    "IntegerRows(bits) for": "SPOILED for",
     "activated(F.relu)": "activated(SPOILED)",
     "lambda t: torch.sigmoid(5 * t)": "SPOILED",
     "clock = Clock(world)\n    loss, bpb": "SPOILED(choose_hooks(model))\n    loss, bpb",
