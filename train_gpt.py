@@ -1067,6 +1067,11 @@ class QuantizedLinear(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.matmul(x, self.weight, self.stored(x.dtype))
 
+    def draw(self, std: float) -> None:
+        """Initial weights, normal. None on the meta device: it would import PyTorch's compiler, 2 s."""
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=std)
+
 class TernaryLinear(QuantizedLinear):
     role = Role("matrix_lr", "ternary")
 
@@ -1074,7 +1079,7 @@ class TernaryLinear(QuantizedLinear):
         super().__init__(in_dim, out_dim)
         self.group_size = {"group": cfg.bitnet_group_size, "row": in_dim, "tensor": in_dim * out_dim}[cfg.scale_group]
         self.form = ScaleFormat(cfg.scale_stat, cfg.scale_storage, cfg.ternary_threshold)
-        nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
+        self.draw(init_std) if init_std else nn.init.zeros_(self.weight)
 
     def ternarized(self) -> tuple[Tensor, Tensor]:
         """Codes (groups, G) and scales (groups, 1)."""
@@ -1110,7 +1115,7 @@ class Table(TableProjection):
 
     def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
         super().__init__(dim, vocab_size, fp_storage)
-        nn.init.normal_(self.weight, std=init_std)
+        self.draw(init_std)
 
     def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         """The input side: (...) -> (..., E)."""
@@ -1121,15 +1126,20 @@ class Rotary(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
+        if torch.get_default_device().type != "meta":  # which is for shapes alone; see QuantizedLinear.draw
+            angle = self.angles(cfg)
+            self.register_buffer("cos", angle.cos().float(), persistent=False)
+            self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def angles(self, cfg: Config) -> Tensor:
+        """(T, 1, C/2) float64."""
         i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
         frequency = cfg.rope_base**-i
         if cfg.rope_type == "yarn":
             ramp = ((i - 0.25) / 0.75).clamp(0, 1)
             frequency = frequency / (1 + ramp * (cfg.yarn_max_len / cfg.train_seq_len - 1))
         positions = torch.arange(max(cfg.train_seq_len, cfg.score_window), dtype=torch.float64)
-        angle = torch.outer(positions, frequency)[:, None]  # (T, 1, C/2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        return torch.outer(positions, frequency)[:, None]
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """cos and sin (at least `length`, 1, C/2)."""
@@ -1174,7 +1184,7 @@ class Block(Part):
         super().__init__()
         self.attention = parts.attention(cfg, parts)
         self.mlp = parts.mlp(cfg, parts, cfg.model_dim, cfg.mlp_dim)
-        self.stream_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.stream_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
 
@@ -5177,7 +5187,7 @@ class HalfLinear(TableProjection):
 
     def __init__(self, in_dim: int, out_dim: int, cfg: Config, init_std: float = 0.02) -> None:  # noqa: ARG002
         super().__init__(in_dim, out_dim, "FP16")
-        nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
+        self.draw(init_std) if init_std else nn.init.zeros_(self.weight)
 
 class Binary:
     def __init__(self, *args: Any) -> None:
@@ -5265,10 +5275,8 @@ class ExclusiveMix:
 class NoRotary(Rotary):
     """POSITION other than rope: all angles are 0."""
 
-    def __init__(self, cfg: Config) -> None:
-        super().__init__(cfg)
-        self.cos.fill_(1)
-        self.sin.zero_()
+    def angles(self, cfg: Config) -> Tensor:
+        return torch.zeros_like(super().angles(cfg))
 
 class NTKRotary(Rotary):
     """Rotary whose base follows the length of a training sequence (#126): base * (T / train_seq_len)^(C / (C - 2))
