@@ -339,7 +339,7 @@ def test_a_reloaded_model_compiles_as_the_run_does():
         assert cfg.compile_mode == mode == model.cfg.compile_mode == model.blocks[0].mlp.up.cfg.compile_mode
 
 
-def test_loading_does_not_import_the_compiler(model, blob, tmp_path):
+def test_loading_does_not_import_the_compiler(blob, tmp_path):
     """Which takes PyTorch 2 s: functions on the meta device that are written in Python would."""
     (tmp_path / "model.ptz").write_bytes(blob)
     loads = "import sys, train_gpt; train_gpt.load_artifact(open('model.ptz', 'rb').read()); sys.exit('torch._dynamo' in sys.modules)"
