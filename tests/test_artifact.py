@@ -302,6 +302,7 @@ def test_weights_that_are_not_finite_are_not_exported():
         save_artifact(model, model.cfg)
 
 
+@pytest.mark.campaign
 def test_damaged_and_forged_artifacts_give_clean_errors():
     """A sample of what bench/corrupt.py does 100,000 times: no other exception, no code run, memory bounded."""
     done = subprocess.run([sys.executable, str(ROOT / "bench/corrupt.py"), "--count", "100", "--forged", "8", "--workers", "1"], capture_output=True, text=True, timeout=120)

@@ -48,6 +48,7 @@ def test_what_the_suite_says_is_counted(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.campaign
 def test_run_tests_says_how_many_tests_it_leaves_out(tmp_path):
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_a(): pass\n@pytest.mark.campaign\ndef test_b(): pass\n@pytest.mark.campaign\ndef test_c(): pass\n")
     hooks = "pytest_deselected, pytest_terminal_summary, pytest_testnodedown"

@@ -264,6 +264,7 @@ def test_without_a_terminal_that_erases_nobody_follows(case, monkeypatch):
     assert type(Follower.from_env(tiny_config(), World(), {"TERM": "xterm"})) is View
 
 
+@pytest.mark.campaign
 def test_on_two_processes_one_draws(data_dir, tmp_path):
     env = environment(data_dir, run_id="two", sliding_eval=0, iterations=30)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]

@@ -234,7 +234,7 @@ def test_the_manifest_beside_the_artifact_says_which_tokenizer_it_was(run_folder
         assert say(tmp_path / "model.ptz", "a", "--tokens", 1) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_prompt_asks_on_a_terminal_and_a_pipe_is_one_text(run_folder):
     program = [sys.executable, str(ROOT / "tools/sample.py"), str(run_folder / "model.ptz"), "-", "--tokens", "4", "--seed", "1"]
     env = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"}

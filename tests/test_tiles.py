@@ -43,6 +43,7 @@ def test_a_cell_says_what_a_compiler_made_or_why_not(figures, text):
     assert tiles.cell(90, figures) == text
 
 
+@pytest.mark.campaign
 def test_the_table_is_what_the_compiler_says(capsys, monkeypatch):
     """One tile, for an H100: the figures of the page, which are the worse of two sizes, are no smaller; the shared memory is the same."""
     if f"Triton {pytest.importorskip('triton').__version__}:" not in PAGE:

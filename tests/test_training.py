@@ -135,7 +135,9 @@ def test_validation_on_the_way_is_outside_the_clock(data_dir, monkeypatch):
     assert all(float(time_ms.removesuffix("ms")) < 1000 for *_, time_ms in lines)
 
 
-@pytest.mark.parametrize("options", [{}, {"untie_at_fraction": 0.5, "warmup_steps": 2}, {"seq_len_start": 16, "seq_schedule_fraction": 0.5}])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.campaign), {"untie_at_fraction": 0.5, "warmup_steps": 2},
+    pytest.param({"seq_len_start": 16, "seq_schedule_fraction": 0.5}, marks=pytest.mark.campaign)])  # fmt: skip
 def test_nothing_compiles_once_the_clock_runs(options, data_dir, monkeypatch):
     """Every compiled function of a run, with validation on the way, as on a GPU but for the backend."""
     graphs = []
