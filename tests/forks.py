@@ -20,7 +20,7 @@ from pathlib import Path
 # What is read when an interpreter or one of these modules starts: a process that says more of it than the server was told is started, not forked
 AT_THE_START = ("PYTHON", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "LD_", "LANG", "LC_", "MALLOC_")
 LEFT = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")  # of these: what a fork can be told
-MODULES = "numpy sentencepiece tqdm torch torch.distributed torch._dynamo"  # the last: a model that is made on the meta device
+MODULES = "numpy sentencepiece tqdm torch torch.distributed"
 
 
 class Fork:
