@@ -132,13 +132,24 @@ install_torch_cpu() {
     pip install --quiet --no-user --no-deps "${brief[@]}" --index-url "$TORCH_INDEX/cpu" "$1+cpu" 2>/dev/null
 }
 
+# leave_triton_out: of the tests' requirements, where the torch that is installed brings a Triton of its own, as CUDA builds do.
+leave_triton_out() {
+  local brings='import importlib.metadata as m; raise SystemExit(not any(r.startswith("triton") for r in m.requires("torch") or ()))'
+  if "$VENV_PYTHON" -c "$brings" 2>/dev/null; then
+    read -ra requirements <<<"${requirements[*]/requirements-test-cpu.txt/}"
+  fi
+}
+
 install_requirements() {
   local missing torch
+  leave_triton_out
   missing=$("$VENV_PYTHON" tools/check_setup.py missing "${requirements[@]}")
   [[ -z $missing ]] || say "installing ${missing//$'\n'/ } (minutes the first time)"
   torch=$(grep '^torch==' <<<"$missing" || true)
   if [[ -n $torch && $(uname -s) == Linux ]] && ! has_nvidia_gpu && ! install_torch_cpu "$torch"; then
     say "no CPU build of $torch within reach: taking pip's default build (larger; it runs on a CPU too)"
+    pip install --quiet --no-user "$torch" || die "pip failed on $torch; its message is above"
+    leave_triton_out
   fi
   pip install --quiet --no-user "${requirements[@]/#/--requirement=}" ||
     die "pip failed on ${requirements[*]}; its message is above"
