@@ -798,6 +798,19 @@ def test_setup_leaves_packages_of_others_alone(tree_with_venv, tmp_path):
     assert "install --quiet --no-user --requirement=requirements.txt" in asked  # whatever a pip.conf says
 
 
+@pytest.mark.parametrize("brings", [True, False])
+def test_setup_asks_for_no_second_triton(tree_with_venv, brings):
+    """A CUDA build of torch, on a machine without a GPU, pins another Triton than the tests' and pip refuses both."""
+    stub = tree_with_venv / ".venv/bin/python"
+    stub.write_text(VENV_STUB.replace("\n", f"""\nif [[ "$*" == *'requires("torch")'* ]]; then exit {int(not brings)}; fi\n""", 1))
+    (tree_with_venv / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tree_with_venv / "nvidia-smi").chmod(0o755)  # no GPU
+    done = bash(f"'{tree_with_venv}/setup.sh' --no-data --quiet --tests", PATH=f"{tree_with_venv}:{os.environ['PATH']}")
+    asked = (tree_with_venv / "pip.log").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "--requirement=requirements-test.txt" in asked and ("--requirement=requirements-test-cpu.txt" in asked) is not brings
+
+
 def test_setup_says_so_when_pip_installs_elsewhere(tree_with_venv):
     """As with `target = ...` in a pip.conf."""
     (tree_with_venv / "requirements.txt").write_text("nosuch==1.0\n")
@@ -903,6 +916,11 @@ def test_pins_take_any_build_of_their_version(tmp_path, monkeypatch):
     installed = {"torch": "2.13.0+cpu", "numpy": "2.2.60"}
     monkeypatch.setattr(check_setup, "installed_version", installed.get)
     assert check_setup.missing_pins([tmp_path / "requirements.txt"]) == ["numpy==2.2.6"]
+
+
+def test_every_package_is_found_by_the_name_it_is_imported_by():
+    rows = check_setup.environment_rows([ROOT / f"requirements{name}.txt" for name in ("", "-test", "-data")])
+    assert len(rows) > 15 and not [row for row in rows if row.state == check_setup.MISSING]
 
 
 def test_lost_files_are_found(tmp_path):

@@ -71,10 +71,13 @@ class Row(NamedTuple):
     state: str = OK
 
 
+IMPORTED_AS = {"pytest-xdist": "xdist", "PyYAML": "yaml"}
+
+
 def package_row(name):
     """Import the package: an installed version that cannot be imported is of no use."""
     try:
-        importlib.import_module(name.replace("-", "_"))
+        importlib.import_module(IMPORTED_AS.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken binary raises OSError, AttributeError and others besides ImportError
         return Row(name, f"cannot be imported: {error}".splitlines()[0], MISSING)
     return Row(name, installed_version(name) or "?")
