@@ -193,7 +193,7 @@ def test_a_growing_batch_has_the_tokens_of_a_real_run_and_its_artifact_the_zeros
     assert done.returncode == 0, done.stderr
     curve = plot_logs.read_curve(tmp_path / "logs/r.txt")
     assert plot_logs.tokens_at(curve)(24, 0) == curve.result["tokens"] < 24 * 256
-    assert [step for step, *_ in curve.zeros] == [6, 12, 18, 24, 24] and len(curve.validation) == 3
+    assert sorted({step for step, *_ in curve.zeros}) == [6, 12, 18, 24] and len(curve.validation) == 3
     assert curve.zeros[-1][1] == pytest.approx(curve.result["zero_frac"], abs=1e-3)
     sizes = plot_logs.stream_bytes(curve)
     assert sum(sizes.values()) == curve.result["artifact_bytes"] and list(sizes) == [*plot_logs.STREAMS, "header"]

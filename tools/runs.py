@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The runs in logs/ at a glance.
 
-    runs.py                       list them: date, steps, bits per byte, bytes, machine, what differed from the defaults
+    runs.py                       list them: date, steps, bits per byte (of the round trip in chunks, and sliding), bytes, machine, what differed from the defaults
     runs.py show RUN              a run's log without the source that it begins with
     runs.py compare RUN RUN ...   what differed between runs, and their scores' difference against its noise
 
-RUN is a log, or its name in the folder that --logs names (default: logs). The score is the sliding one where every run that is
-shown has it, else that of the round trip. A date that the log does not hold is the file's.
+RUN is a log, or its name in the folder that --logs names (default: logs). `compare` takes the sliding score where every run has it,
+else that of the round trip. A date that the log does not hold is the file's.
 
 `compare` takes runs of the same settings, code and machine as seeds of one arm; the first RUN's arm is the reference. The noise
 is the standard deviation between seeds, pooled over the arms; runs in the folder that are further seeds of an arm count for it
@@ -120,11 +120,10 @@ def list_runs(folder):
     runs = [run for path in paths if (run := read_any(path))]
     if not runs:
         raise UserError(f"--logs {folder}: no log of a run in it")
-    sliding = all(run.result.get("sliding_val_bpb") is not None for run in runs if not isinstance(run, Unfinished))
-    rows = [("run", "date", "seed", "steps", "bits/byte", "bytes", "machine")]
+    rows = [("run", "date", "seed", "steps", "chunked", "sliding", "bytes", "machine")]
     notes = [""]
     for run in sorted(runs, key=date):
-        rows.append((run.log.stem, date(run), str(run.config.get("seed", "-")), *figures(run, "sliding" if sliding else "roundtrip")))
+        rows.append((run.log.stem, date(run), str(run.config.get("seed", "-")), *figures(run)))
         notes.append(" ".join(differing(run.config)) or "the defaults")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row, note in zip(rows, notes, strict=True):
@@ -134,14 +133,15 @@ def list_runs(folder):
         print(f"runs.py: {left} other file{'s' * (left > 1)} in {folder}: not the log of one run", file=sys.stderr)
 
 
-def figures(run, prefix):
-    """steps, bits per byte, bytes, machine: as texts."""
+def figures(run):
+    """steps, both scores in bits per byte, bytes, machine: as texts."""
     if isinstance(run, Unfinished):
-        return run.steps, "unfinished", "-", "-"
+        return run.steps, "unfinished", "-", "-", "-"
     total = run.result.get("total_bytes")
     steps = "evaluation" if run.is_evaluation else f"{run.result['steps']:,}"
     machine = run.hardware if not run.is_evaluation else run.result.get("gpu_name", "-")
-    return steps, f"{score(run, prefix):.4f}", f"{total:,}" if total else "-", machine
+    scores = ("-" if run.result.get(f"{kind}_val_bpb") is None else f"{score(run, kind):.4f}" for kind in ("roundtrip", "sliding"))
+    return steps, *scores, f"{total:,}" if total else "-", machine
 
 
 def show_run(path):
