@@ -348,7 +348,8 @@ def test_a_file_that_cannot_be_read_is_named(name, data_dir, tmp_path, run_here,
 def test_a_path_that_the_system_refuses_is_one_line(name, data_dir, run_here):
     """Found by bench/fuzz.py: a name longer than names may be."""
     code, _, err = run_here(environment(data_dir, checkpoint_every=5) | {name.upper(): "9" * 5000})
-    assert code == 2 and err.count("\n") == 1 and "File name too long" in err
+    assert code == 2 and err.count("\n") == 1 and "99999" in err
+    assert "File name too long" in err or "no fineweb_val_" in err  # pathlib of Python 3.13 calls such a folder empty
 
 
 def test_a_score_that_fails_costs_the_score_and_not_the_model(data_dir, tmp_path, run_here, monkeypatch):
