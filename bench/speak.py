@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast tools/sample.py writes: tokens a second of a model whose weights are drawn at random, by the clock and by processor time.
 
-    OMP_NUM_THREADS=2 taskset -c 0,1 python bench/speak.py     the default model at its full size, on two cores; minutes, 3 GB
+    OMP_NUM_THREADS=2 taskset -c 0,1 python bench/speak.py     the default model at its full size, on two cores: a minute
     python bench/speak.py --preset configs/demo.env --at 1,200 --tokens 50
 
 The model is saved and loaded as an artifact, and then computed as sample.py computes it: a token at a time, with what earlier
