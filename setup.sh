@@ -134,6 +134,7 @@ install_torch_cpu() {
 
 # leave_triton_out: of the tests' requirements, where the torch that is installed brings a Triton of its own, as CUDA builds do.
 leave_triton_out() {
+  [[ ${requirements[*]} == *test-cpu* ]] || return 0
   local brings='import importlib.metadata as m; raise SystemExit(not any(r.startswith("triton") for r in m.requires("torch") or ()))'
   if "$VENV_PYTHON" -c "$brings" 2>/dev/null; then
     read -ra requirements <<<"${requirements[*]/requirements-test-cpu.txt/}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The runs in logs/ at a glance.
 
-    runs.py                       list them: date, steps, bits per byte (of the round trip in chunks, and sliding), bytes, machine, what differed from the defaults
+    runs.py                       list them: date, steps, bits per byte (chunked and sliding), bytes, machine, what differed from the defaults
     runs.py show RUN              a run's log without the source that it begins with
     runs.py compare RUN RUN ...   what differed between runs, and their scores' difference against its noise
 
