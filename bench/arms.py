@@ -2,6 +2,7 @@
 
     python bench/arms.py recipe --proxy P1 --seeds 42,1337,7 --jobs 2          parts of the recipe, against #640
     python bench/arms.py recipe --proxy P2 --only control BETA2=.99 --sliding  two of them, in sliding windows too
+    python bench/arms.py recipe --proxy P2 --only control --sliding --whole    finalists, on all of both sets
     python bench/arms.py systems --seconds 150 --seeds 42,1337 --jobs 2        systems of the field, small, equal time
     python bench/arms.py systems --seconds 120 --full                          the same at full size, on one GPU
     python bench/arms.py switches --steps 400 --jobs 2                         switches one at a time, equal steps
@@ -14,6 +15,9 @@
 Length. --steps, --tokens (of training, rounded down to steps) or --seconds (of training). Without one `recipe` has its
 proxy's tokens and `free` its preset's budget. Settings that count steps scale with the run, but not in `free`, which
 runs a preset as its user would. The environment's settings of the trainer do not reach a run.
+
+Scores. `recipe` scores 500,000 tokens of each of two sets, --whole all of them, --sliding also windows that overlap by
+half. Where OUT has the artifact of the same training (--keep), that is scored again and nothing is trained.
 
 Sweep. Each word of --set is a setting and its values; all combinations run, against the preset itself.
     KEY=A,B,C           these values
@@ -132,6 +136,7 @@ PROXIES = {
 }  # fmt: skip
 # The same tokens of each set whatever the arm; nothing is fitted to them
 SCORED = "WARMUP_STEPS=1 TRAIN_LOG_EVERY=5 VAL_MAX_TOKENS=500000 SLIDING_EVAL=0 TEMP_SCALING=0"
+ONLY_SCORES = "VAL_MAX_TOKENS SLIDING_EVAL SLIDING_EVAL_STRIDE".split()  # settings that no training depends on
 
 
 # -------------------------------------------------------------------------------------------------- arms
@@ -534,6 +539,7 @@ class Runner:
         record, name = {"arm": arm, "seed": seed, "settings": settings}, f"{file_name(arm)}_seed{seed}"
         folder, names = data_folder(self.batch.data, settings, self.batch.config), setting_names(self.batch.config)
         artifact = self.batch.out.resolve() / f"{name}.ptz"
+        trained = self.trained_before(arm, seed, settings, artifact)
         env = {k: v for k, v in os.environ.items() if k not in names}  # the shell's settings are no arm's
         # else git, above the out folder, would name a commit that the snapshot does not stand at
         env["GIT_CEILING_DIRECTORIES"] = str(self.batch.out.resolve().parent)
@@ -541,14 +547,28 @@ class Runner:
         env |= settings | {"RUN_ID": name, "SEED": str(seed), "ARTIFACT_PATH": str(artifact), "DATA_PATH": str(folder),
                            "TOKENIZER_PATH": str(folder / "tokenizer.model")}  # fmt: skip
         try:
-            result = self.execute(env)
+            if trained:
+                scores = self.execute(env | {"EVAL_ONLY": "1", "RUN_ID": f"{name}_again"})
+                result = scores if "error" in scores else with_scores(trained, scores)
+            else:
+                result = self.execute(env)
             if "error" in result or not self.batch.web:
                 return record | (result if "error" in result else {"result": result})
             web = self.execute(env | {"EVAL_ONLY": "1", "RUN_ID": f"{name}_web", "DATA_PATH": str(web_folder(folder))})
             return record | {"result": result} | ({"error": web["error"]} if "error" in web else {"web": web})
         finally:
-            if not self.batch.keep:
+            if not self.batch.keep and not trained:
                 artifact.unlink(missing_ok=True)
+
+    def trained_before(self, arm: str, seed: int, settings: dict[str, str], artifact: Path) -> dict[str, Any]:
+        """The result of the same training with other scores, if its artifact is there, whole, and scored as its model; else {}."""
+        digest = hashlib.sha256(artifact.read_bytes()).hexdigest() if artifact.exists() else ""
+        for earlier in read_results(self.file) if digest else []:
+            result = earlier.get("result", {})
+            same = (earlier["arm"], earlier["seed"], training_of(earlier["settings"])) == (arm, seed, training_of(settings))
+            if same and result.get("artifact_sha256") == digest and result["val_bpb"] == result["roundtrip_val_bpb"]:
+                return result
+        return {}
 
     def run_all(self, arms: dict[str, dict[str, str]], seeds: list[int]) -> list[dict[str, Any]]:
         """Every arm with every seed but what has finished before; returns the records of all, in the table's order."""
@@ -570,6 +590,16 @@ class Runner:
             for child in list(self.children):
                 child.kill()
         return in_order(records, list(arms))
+
+
+def training_of(settings: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in settings.items() if key not in ONLY_SCORES}
+
+
+def with_scores(trained: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """A training's result with other scores of its artifact. The model itself is gone; it scored as the artifact did."""
+    new = {key: value for key, value in scores.items() if "_val_" in key or key in ("val_tokens", "val_bytes", "decoded_bytes", "stride", "eval_time_s")}
+    return trained | new | {"val_loss": scores["roundtrip_val_loss"], "val_bpb": scores["roundtrip_val_bpb"]}
 
 
 def file_name(arm: str) -> str:
@@ -724,6 +754,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms, the first of them as the base")
     parser.add_argument("--full", action="store_true", help="systems: the presets at their own size, for a GPU")
     parser.add_argument("--sliding", action="store_true", help="recipe: score windows that overlap by half too")
+    parser.add_argument("--whole", action="store_true", help="recipe: score all of both sets")
     parser.add_argument("--keep", action="store_true", help="keep every run's artifact: OUT/<arm>_seed<seed>.ptz")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     parser.add_argument("--data", default=f"{ROOT}/data/corpus/sp", metavar="PREFIX", help="default: data/corpus/sp")
@@ -738,8 +769,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def problem_of(args: argparse.Namespace) -> str:
     """What is wrong with the arguments, as far as they tell by themselves; "" if nothing is."""
     lengths = [f"--{name}" for name in ("steps", "tokens", "seconds") if getattr(args, name)]
-    own = {"recipe": {"proxy", "sliding", "arm"}, "free": {"preset", "arm"}, "sweep": {"preset", "set", "draws", "draw_seed"}, "systems": {"full"}}.get(args.group, set())
-    foreign = [f"--{name.replace('_', '-')}" for name in ("proxy", "preset", "arm", "full", "sliding", "set", "draws", "draw_seed")
+    own = {"recipe": {"proxy", "sliding", "whole", "arm"}, "free": {"preset", "arm"}, "sweep": {"preset", "set", "draws", "draw_seed"}, "systems": {"full"}}.get(args.group, set())
+    foreign = [f"--{name.replace('_', '-')}" for name in ("proxy", "preset", "arm", "full", "sliding", "whole", "set", "draws", "draw_seed")
                if getattr(args, name) and name not in own]  # fmt: skip
     if foreign:
         return f"{args.group} has no {', '.join(foreign)}"
@@ -802,7 +833,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         return length
     if args.group == "recipe":
         proxy = PROXIES[args.proxy]
-        size = pairs(SCORED) | pairs(proxy.size) | ({"SLIDING_EVAL": "1"} if args.sliding else {})
+        size = pairs(SCORED) | pairs(proxy.size) | ({"SLIDING_EVAL": "1"} if args.sliding else {}) | ({"VAL_MAX_TOKENS": "0"} if args.whole else {})
         usual = proxy.tokens // int(size["TRAIN_BATCH_TOKENS"])
         own_length = 0 if args.steps or args.tokens or args.seconds else proxy.tokens
         return length._replace(size=size, tokens=args.tokens or own_length, usual_steps=usual, half_windows=True)

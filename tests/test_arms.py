@@ -54,6 +54,7 @@ def test_proxies_have_their_size_length_and_scores():
         assert len(found) == 16 and any(arm.startswith(f"{name} WARMDOWN_FRACTION=.6 ") for arm in found)
         sliding = settings_of(f"recipe --proxy {proxy} --sliding")["control"]
         assert sliding == control | {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "256"}
+        assert settings_of(f"recipe --proxy {proxy} --whole")["control"] == control | {"VAL_MAX_TOKENS": "0"}
 
 
 def test_an_arm_with_longer_windows_slides_by_half_of_its_own():
@@ -154,35 +155,70 @@ def test_a_batch_keeps_its_code(tmp_path):
 
 
 FAKE_TRAINER = """
-import json, os, pathlib, sys
+import hashlib, json, os, pathlib, sys
 e = os.environ
 web, artifact = e["DATA_PATH"].endswith("_web"), pathlib.Path(e["ARTIFACT_PATH"])
 assert "MATRIX_LR" not in e and e["OMP_NUM_THREADS"] == "1"
 if e["SEED"] == "13" and web:
     sys.exit("train_gpt.py: unlucky")
-if web:
-    assert e["EVAL_ONLY"] == "1" and artifact.read_text() == "weights"
+if e.get("EVAL_ONLY"):
+    assert artifact.read_text() == "weights"
+    bpb = 4 if "VAL_MAX_TOKENS" in e else 3 if web else 2
+    result = {"roundtrip_val_loss": 1, "roundtrip_val_bpb": bpb + web / 2, "sliding_val_bpb": bpb - 1, "val_tokens": 9, "device": "another"}
 else:
+    assert not web
     artifact.write_text("weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    result = {"val_bpb": 2, "roundtrip_val_bpb": 2, "steps": 4, "artifact_sha256": digest, "device": "one", "val_tokens": 5}
 print("step:1")
-print("result " + json.dumps({"run_id": e["RUN_ID"], "val_bpb": 2, "roundtrip_val_bpb": 3 if web else 2, "steps": 4}))
+print("result " + json.dumps(result | {"run_id": e["RUN_ID"]}))
 """
 
 
-def test_a_recipes_run_is_scored_on_both_sets_and_its_artifact_goes(tmp_path, monkeypatch):
+@pytest.fixture
+def recipe(tmp_path):
+    """What a recipe's batch with FAKE_TRAINER runs in."""
     for name in ("sp9", "sp9_web"):
         (tmp_path / name).mkdir()
         for split in ("train", "val"):
             (tmp_path / name / f"fineweb_{split}_0.bin").touch()
     (tmp_path / "trainer.py").write_text(FAKE_TRAINER)
+    return batch(tmp_path / "out", data=str(tmp_path / "sp"), code=tmp_path / "trainer.py", web=True, jobs=1)
+
+
+def test_a_recipes_run_is_scored_on_both_sets_and_its_artifact_goes(recipe, monkeypatch):
     monkeypatch.setenv("MATRIX_LR", "9")  # of the shell: no arm's
-    ours = batch(tmp_path / "out", data=str(tmp_path / "sp"), code=tmp_path / "trainer.py", web=True, jobs=1)
-    good, bad = arms.Runner(ours).run_all({"A=1": {"VOCAB_SIZE": "9"}}, [7, 13])
+    good, bad = arms.Runner(recipe).run_all({"A=1": {"VOCAB_SIZE": "9"}}, [7, 13])
     assert good["result"]["run_id"] == "A_1_seed7" and good["web"]["run_id"] == "A_1_seed7_web"
-    assert good["web"]["roundtrip_val_bpb"] == 3 and not arms.failure(good)
+    assert good["web"]["roundtrip_val_bpb"] == 3.5 and not arms.failure(good)
     assert bad["error"] == "train_gpt.py: unlucky" and "web" not in bad
-    assert not list((tmp_path / "out").glob("*.ptz"))
-    assert [arms.failure(r) for r in arms.read_results(tmp_path / "out/results.jsonl")] == ["", bad["error"]]
+    assert not list(recipe.out.glob("*.ptz"))
+    assert [arms.failure(r) for r in arms.read_results(recipe.out / "results.jsonl")] == ["", bad["error"]]
+
+
+def test_a_kept_artifact_is_scored_again_and_nothing_is_trained(recipe):
+    settings, more = {"VOCAB_SIZE": "9"}, {"VOCAB_SIZE": "9", "VAL_MAX_TOKENS": "0", "SLIDING_EVAL": "1"}
+    (first,) = arms.Runner(recipe._replace(keep=True)).run_all({"a": settings}, [7])
+    (again,) = arms.Runner(recipe).run_all({"a": more}, [7])
+    assert again["settings"] == more and first["result"]["val_tokens"] == 5
+    assert again["result"] == first["result"] | {"val_loss": 1, "val_bpb": 4, "roundtrip_val_loss": 1, "roundtrip_val_bpb": 4,
+                                                 "sliding_val_bpb": 3, "val_tokens": 9}  # fmt: skip
+    assert again["web"]["roundtrip_val_bpb"] == 4.5 and again["web"]["run_id"] == "a_seed7_web"
+    assert (recipe.out / "a_seed7.ptz").exists()  # it was not this batch's to remove
+
+
+@pytest.mark.parametrize("case", ["other training", "other seed", "other artifact", "inexact"])
+def test_another_training_is_trained(recipe, case):
+    settings, file = {"VOCAB_SIZE": "9"}, recipe.out / "results.jsonl"
+    arms.Runner(recipe._replace(keep=True)).run_all({"a": settings}, [7])
+    if case == "other artifact":
+        (recipe.out / "a_seed7.ptz").write_text("others")
+    if case == "inexact":
+        file.write_text(file.read_text().replace('"val_bpb": 2, ', '"val_bpb": 2.1, '))
+    settings = settings | {"VAL_MAX_TOKENS": "0"} | ({"MLP_MULT": "3"} if case == "other training" else {})
+    seed = 8 if case == "other seed" else 7
+    (again,) = arms.Runner(recipe).run_all({"a": settings}, [seed])
+    assert again["result"]["run_id"] == f"a_seed{seed}" and again["result"]["val_tokens"] == 5
 
 
 def test_every_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
