@@ -57,6 +57,9 @@ def environment(data_dir: Path, **settings: object) -> dict[str, str]:
     return TINY | paths | {key.upper(): str(value) for key, value in settings.items()}
 
 
+FROM_OUTSIDE = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR"}  # of the environment: all that a run is told
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
     """The script's `run` in this process and an empty folder, where a new process each would cost seconds: (exit code, out, err)."""
@@ -65,9 +68,8 @@ def run_here(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         with monkeypatch.context() as m:
             m.chdir(tmp_path)
-            for name in (f.name.upper() for f in dataclasses.fields(train_gpt.Config)):
-                m.delenv(name, raising=False)
-            m.delenv("PRESET_SETTINGS", raising=False)
+            for name in os.environ.keys() - FROM_OUTSIDE:
+                m.delenv(name)
             for name, text in env.items():
                 m.setenv(name, text)
             code = train_gpt.run([])
@@ -156,7 +158,7 @@ def family(pid: int) -> list[int]:
 def start(env: dict[str, str], cwd: Path, argv: list[str], out: int, err: int, *, fresh: bool = False) -> forks.Fork | subprocess.Popen:
     """`python *argv` as a process and a session of its own, its output to open files; with nothing of this process's environment but
     what says where things are. `fresh`: as a new interpreter, where a fork of one that has torch will not do."""
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")} | {"OMP_NUM_THREADS": "1"}
+    clean = {k: v for k, v in os.environ.items() if k in FROM_OUTSIDE} | {"OMP_NUM_THREADS": "1"}
     if argv[0] != "-m" and not fresh and forks.can_fork(env):
         return forks.fork(argv, cwd, clean, env, out, err)
     return subprocess.Popen([sys.executable, *argv], cwd=cwd, env=clean | env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)

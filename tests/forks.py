@@ -8,6 +8,7 @@ The server is a bare interpreter with the modules below and nothing of the tests
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -15,6 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 # What is read when an interpreter or one of these modules starts: a process that says more of it than the server was told is started, not forked
@@ -110,13 +113,17 @@ def serve(number: int) -> None:
             request, files, _, _ = socket.recv_fds(ours, 1 << 20, 3)
             if not request:
                 return
+            asked = json.loads(request)
+            with contextlib.suppress(OSError, SyntaxError, ValueError), warnings.catch_warnings():  # which the fork will tell
+                warnings.simplefilter("error")
+                _compiled(Path(asked["cwd"], asked["argv"][0]).read_bytes(), asked["argv"][0])  # here: for the next fork too
             pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)
                 for f in (ours.fileno(), woken, waker, files[2], *statuses.values()):
                     os.close(f)
                 ours.detach()
-                _become(json.loads(request), *files[:2])
+                _become(asked, *files[:2])
                 return
             for f in files[:2]:
                 os.close(f)
@@ -135,10 +142,14 @@ def _tell_who_ended(statuses: dict[int, int]) -> None:
         os.close(status)
 
 
+@functools.lru_cache(maxsize=64)
+def _compiled(source: str | bytes, name: str) -> types.CodeType:
+    return compile(source, name, "exec", dont_inherit=True)
+
+
 def _become(asked: dict, out: int, err: int) -> None:
     """Run what is asked for as a fresh interpreter would; returns as its main module does, or raises what that raises."""
     import tempfile
-    import types
 
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -165,4 +176,4 @@ def _become(asked: dict, out: int, err: int) -> None:
         main.__file__ = kind if os.path.isabs(kind) else os.path.join(os.getcwd(), kind)
         sys.path.insert(0, os.path.dirname(os.path.realpath(kind)))
     sys.modules["__main__"] = main
-    exec(compile(source, name, "exec", dont_inherit=True), vars(main))
+    exec(_compiled(source, name), vars(main))

@@ -70,7 +70,7 @@ def tiny_arm(name: str, data_dir, **settings: object) -> dict[str, str]:
     length = int(own["TRAIN_SEQ_LEN"]) // 8  # #139's context stays twice the others'
     start = {"SEQ_WARMUP_START": "8"} if "SEQ_WARMUP_START" in own else {}
     tiny = {"VOCAB_SIZE": "320", "TRAIN_SEQ_LEN": str(length), "YARN_MAX_LEN": "64", "TRAIN_BATCH_TOKENS": str(8 * length),
-            "MICRO_BATCH_TOKENS": str(4 * length), "VAL_MAX_TOKENS": "700", "SLIDING_EVAL_STRIDE": "16", "RUN_ID": name, "WARMUP_STEPS": "0",
+            "MICRO_BATCH_TOKENS": str(8 * length), "VAL_MAX_TOKENS": "700", "SLIDING_EVAL_STRIDE": "16", "RUN_ID": name, "WARMUP_STEPS": "0",
             "TOKENIZER_PATH": str(data_dir / "tokenizer.model"), "DATA_PATH": str(data_dir), "ARTIFACT_PATH": f"{name}.ptz"}  # fmt: skip
     return own | tiny | start | {k.upper(): str(v) for k, v in settings.items()}
 
