@@ -18,7 +18,7 @@ import make_submission
 import own_text
 import pack_code
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, python
 
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
 PRESETS = sorted(ROOT.glob("configs/*.env"))
@@ -371,7 +371,7 @@ def stub_python(tree, trainer):
     """An interpreter that runs `trainer` (bash) in place of train_gpt.py, alone or under torchrun; else the real one."""
     path = tree / "python"
     trains = '"${*: -1}" == train_gpt.py || "$1 $2" == "-m torch.distributed.run"'
-    path.write_text(f'#!/usr/bin/env bash\nif [[ {trains} ]]; then\n{trainer}\nelse exec "{sys.executable}" "$@"; fi\n')
+    path.write_text(f'#!/usr/bin/env bash\nif [[ {trains} ]]; then\n{trainer}\nelse exec "{python()}" "$@"; fi\n')
     path.chmod(0o755)
     return str(path)
 
