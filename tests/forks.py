@@ -29,7 +29,9 @@ from pathlib import Path
 
 # What is read when an interpreter or one of these modules starts: a process that says more of it than the server was told is started, not forked
 AT_THE_START = ("PYTHON", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "LD_", "LANG", "LC_", "MALLOC_")
-LEFT = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_", "TORCH_NCCL_")  # of these: what a fork can be told
+# Of these: what a fork can be told, since it is read later, or says nothing to a process with one thread
+LEFT = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHON_EXEC", "TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_", "TORCH_NCCL_", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        "OMP_WAIT_POLICY")  # fmt: skip
 MODULES = "numpy sentencepiece tqdm torch torch.distributed"
 
 
@@ -113,6 +115,7 @@ python, base, words = {python!r}, {base!r}, sys.argv[1:]
 asked = {{"argv": words[words[:1] == ["-u"]:], "cwd": os.getcwd(), "env": dict(os.environ), "python": {path!r}, "unbuffered": words[:1] == ["-u"]}}
 kind = asked["argv"][0] if asked["argv"] else "-i"
 others = [n for n in map(int, os.listdir("/proc/self/fd")) if n > 2 and os.access(f"/proc/self/fd/{{n}}", os.F_OK) and os.get_inheritable(n)]
+base["LC_CTYPE"] = base.get("LC_CTYPE", "C.UTF-8")  # which Python sets itself where there is no locale
 differs = [name for name, text in os.environ.items() if name.startswith({names!r}) and not name.startswith({left!r}) and base.get(name) != text]
 if others or differs or not (kind in ("-c", "-m", "-") or os.path.isfile(kind)):
     os.execv(python, [python, *words])
@@ -124,7 +127,7 @@ server.sendmsg([marshal.dumps(asked)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
 os.close(theirs)
 told = open(status)
 fork = int(told.readline())
-for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2):
+for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2, _signal.SIGWINCH):
     _signal.signal(number, lambda number, _: os.kill(fork, number))
 code = int(told.readline())
 if code < 0:
