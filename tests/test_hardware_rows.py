@@ -361,7 +361,7 @@ def test_options_train_through_kernels_as_without():
 def test_kernels_enter_a_compiled_graph_whole():
     """Static shapes, one graph, as on a GPU; the same gradients as without a graph, and as plain operations have them. On a GPU the
     graph is Inductor's."""
-    model = tiny_model(num_layers=1, precision="fp32").to(DEVICE)
+    model = tiny_model(num_layers=2, precision="fp32").to(DEVICE)
     x = torch.randint(320, (2, 32), device=DEVICE)
     plain = [t.double() for t in gradients(training_loss, model.use(Ops()), x, x)]
     compiled = torch.compile(training_loss, backend="aot_eager" if DEVICE == "cpu" else "inductor", fullgraph=True, dynamic=False)
