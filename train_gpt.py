@@ -1184,7 +1184,7 @@ class Block(Part):
         super().__init__()
         self.attention = parts.attention(cfg, parts)
         self.mlp = parts.mlp(cfg, parts, cfg.model_dim, cfg.mlp_dim)
-        self.stream_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
+        self.stream_mix = nn.Parameter(torch.tensor([[1.0] * cfg.model_dim, [0.0] * cfg.model_dim]))
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
 

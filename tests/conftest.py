@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +60,9 @@ def environment(data_dir: Path, **settings: object) -> dict[str, str]:
     return TINY | paths | {key.upper(): str(value) for key, value in settings.items()}
 
 
+FROM_OUTSIDE = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR"}  # of the environment: all that a run is told
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
     """The script's `run` in this process and an empty folder, where a new process each would cost seconds: (exit code, out, err)."""
@@ -65,9 +71,8 @@ def run_here(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         with monkeypatch.context() as m:
             m.chdir(tmp_path)
-            for name in (f.name.upper() for f in dataclasses.fields(train_gpt.Config)):
-                m.delenv(name, raising=False)
-            m.delenv("PRESET_SETTINGS", raising=False)
+            for name in os.environ.keys() - FROM_OUTSIDE:
+                m.delenv(name)
             for name, text in env.items():
                 m.setenv(name, text)
             code = train_gpt.run([])
@@ -153,13 +158,24 @@ def family(pid: int) -> list[int]:
     return [pid, *(p for child in (children.read_text().split() if children.exists() else []) for p in family(int(child)))]
 
 
+def clean_env() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k in FROM_OUTSIDE} | {"OMP_NUM_THREADS": "1"}
+
+
+@functools.cache
+def python() -> str:
+    """What a script of the shell, or a program that starts others, calls as Python: see tests/forks.py."""
+    folder = tempfile.mkdtemp(prefix="python ")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return forks.interpreter(Path(folder), clean_env())
+
+
 def start(env: dict[str, str], cwd: Path, argv: list[str], out: int, err: int, *, fresh: bool = False) -> forks.Fork | subprocess.Popen:
     """`python *argv` as a process and a session of its own, its output to open files; with nothing of this process's environment but
     what says where things are. `fresh`: as a new interpreter, where a fork of one that has torch will not do."""
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")} | {"OMP_NUM_THREADS": "1"}
     if argv[0] != "-m" and not fresh and forks.can_fork(env):
-        return forks.fork(argv, cwd, clean, env, out, err)
-    return subprocess.Popen([sys.executable, *argv], cwd=cwd, env=clean | env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        return forks.fork(argv, cwd, clean_env(), env, out, err, python())
+    return subprocess.Popen([sys.executable, *argv], cwd=cwd, env=clean_env() | env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
 
 
 def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 90, argv: list[str] | None = None, *, torchrun: bool = False,
@@ -169,6 +185,7 @@ def launch(env: dict[str, str], cwd: Path, processes: int = 1, timeout: float = 
     script = argv or [str(ROOT / "train_gpt.py")]
     if torchrun:
         script, processes = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *script], 1
+        env = env | {"PYTHON_EXEC": python()}  # what it starts its processes with
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         ranks = of_ranks(processes) if processes > 1 else [{}]
         code = end_of([start(env | own, cwd, script, out.fileno(), err.fileno(), fresh=fresh) for own in ranks], timeout)

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import follow
 import pytest
 import torch
-from conftest import ROOT, environment, fresh_model, launch, on_processes, tiny_config, tokens
+from conftest import ROOT, environment, fresh_model, launch, on_processes, python, tiny_config, tokens
 
 import train_gpt
 from train_gpt import Follower, Phase, Tracking, TrainingStep, View, World, rounded_once
@@ -171,7 +171,7 @@ def watched(data_dir, tmp_path_factory):
         share = int(found[1]) if (found := re.search(r"(\d+)%", bar)) else 0
         return {"training": 40 if share >= 70 else 0, "sliding": 40 if share >= 20 else 80}.get(bar.split(" ")[0], 0)
 
-    return folder, *on_terminal([sys.executable, str(ROOT / "train_gpt.py")], env, folder, 80, resize)
+    return folder, *on_terminal([python(), str(ROOT / "train_gpt.py")], env, folder, 80, resize)
 
 
 def printed_lines(log: Path) -> list[str]:

@@ -115,7 +115,8 @@ def test_a_queue_may_signal_every_process(name, data_dir, tmp_path):
     """SLURM's signal comes to torchrun, which passes it on, and to its processes: they end the step and leave a checkpoint."""
     env = settings(data_dir, iterations=10**6, checkpoint_every=10**5, train_log_every=1)
     paths = {name: str(tmp_path / name) for name in ("LOG_DIR", "ARTIFACT_PATH", "CHECKPOINT_DIR")}
-    own = {"HEAD": "127.0.0.1", "NODES": "1", "GPUS": "2", "PORT": "29713", "RESTARTS": "0", "TRAIN_PYTHON": sys.executable}
+    own = {"HEAD": "127.0.0.1", "NODES": "1", "GPUS": "2", "PORT": "29713", "RESTARTS": "0", "TRAIN_PYTHON": sys.executable,
+           "PYTHON_EXEC": conftest.python()}  # fmt: skip
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         child = subprocess.Popen(["bash", "examples/two_nodes.sh", "--monitor-interval=0.1"], cwd=ROOT, env=clean | env | paths | own,

@@ -808,16 +808,16 @@ TOGETHER = [
 
 
 def losses_together(world: World) -> list[list[float]]:
-    """For each of TOGETHER the losses of 6 steps, then of an evaluation by all processes."""
+    """For each of TOGETHER the losses of 4 steps, then of an evaluation by all processes."""
     found = []
     for cfg in (tiny_config(**settings) for settings in TOGETHER):
         torch.manual_seed(0)
         model, losses = fresh_model(cfg), []
         with rounded_once(model):
             take_step = TrainingStep(model, cfg, world)
-            for i in range(6):
+            for i in range(4):
                 for hook in take_step.hooks:
-                    hook.before_step(i / 6)
+                    hook.before_step(i / 4)
                 x, y = (t.chunk(world.size)[world.rank] for t in (tokens(model, 8, seed=i), tokens(model, 8, seed=i + 1)))
                 take_step.take(x, y)
                 losses.append(take_step.grads.loss.item())

@@ -65,8 +65,8 @@ def test_presets_have_the_published_parameters():
 
 
 def tiny_arm(name: str, data_dir, **settings: object) -> dict[str, str]:
-    """A system's small size, for the synthetic data: 12 steps of 8 windows."""
-    own = arms.arm_settings(arms.SYSTEMS[name], arms.Plan(arms.pairs(arms.SMALL), steps=12), train_gpt.Config)
+    """A system's small size, for the synthetic data: 6 steps of 8 windows."""
+    own = arms.arm_settings(arms.SYSTEMS[name], arms.Plan(arms.pairs(arms.SMALL), steps=6), train_gpt.Config)
     length = int(own["TRAIN_SEQ_LEN"]) // 8  # #139's context stays twice the others'
     start = {"SEQ_WARMUP_START": "8"} if "SEQ_WARMUP_START" in own else {}
     tiny = {"VOCAB_SIZE": "320", "TRAIN_SEQ_LEN": str(length), "YARN_MAX_LEN": "64", "TRAIN_BATCH_TOKENS": str(8 * length),
@@ -86,7 +86,7 @@ def test_every_system_learns_and_comes_back_exactly(data_dir, tmp_path, monkeypa
         ops = train_gpt.fast_ops(cfg, world.device)
         blob, run = train_gpt.train_and_export(cfg, world, ops, train_gpt.Log(cfg, world), val)
         first_losses[name] = run["first_losses"]
-        assert run["first_losses"][-1] < run["first_losses"][0] - 0.2, (name, run["first_losses"])
+        assert run["first_losses"][-1] < run["first_losses"][0] - 1, (name, run["first_losses"])
         model, loaded = train_gpt.load_artifact(blob)
         assert loaded.model_settings() == cfg.model_settings(), name
         assert train_gpt.evaluate(model.use(ops), val, cfg, world) == (run["val_loss"], run["val_bpb"]), name

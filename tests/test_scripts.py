@@ -12,16 +12,13 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import check_setup
+import demo_table
+import make_submission
+import own_text
+import pack_code
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import check_setup  # noqa: E402
-import demo_table  # noqa: E402
-import make_submission  # noqa: E402
-import own_text  # noqa: E402
-import pack_code  # noqa: E402
+from conftest import ROOT, launch, python
 
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
 PRESETS = sorted(ROOT.glob("configs/*.env"))
@@ -374,7 +371,7 @@ def stub_python(tree, trainer):
     """An interpreter that runs `trainer` (bash) in place of train_gpt.py, alone or under torchrun; else the real one."""
     path = tree / "python"
     trains = '"${*: -1}" == train_gpt.py || "$1 $2" == "-m torch.distributed.run"'
-    path.write_text(f'#!/usr/bin/env bash\nif [[ {trains} ]]; then\n{trainer}\nelse exec "{sys.executable}" "$@"; fi\n')
+    path.write_text(f'#!/usr/bin/env bash\nif [[ {trains} ]]; then\n{trainer}\nelse exec "{python()}" "$@"; fi\n')
     path.chmod(0o755)
     return str(path)
 
@@ -862,10 +859,9 @@ def commands(left_out=frozenset()):
 
 def start(checkout, command, argument):
     """Start a file of the checkout with one argument; nothing may be made, nor installed."""
-    program = [sys.executable] if command.suffix == ".py" else ["bash"]
-    env = CLEAN_ENV | {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INDEX": "1"}
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INDEX": "1"}
     before = sorted(checkout.rglob("*"))
-    done = subprocess.run([*program, command, argument], cwd=checkout, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = launch(env, checkout, argv=[str(command), argument]) if command.suffix == ".py" else bash(f"bash {command} {argument}", checkout, **env)
     assert sorted(checkout.rglob("*")) == before
     return done
 
@@ -901,9 +897,7 @@ def test_every_file_refuses_what_it_does_not_know_in_one_line(checkout, command)
     ("tools/own_text.py", "nope.txt", "--text nope.txt: no such file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(checkout, command, arguments, message):
-    env = CLEAN_ENV | {"PYTHONDONTWRITEBYTECODE": "1", "DATA_PATH": "nope"}
-    program = [sys.executable, command, *arguments.split()]
-    done = subprocess.run(program, cwd=checkout, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = launch({"PYTHONDONTWRITEBYTECODE": "1", "DATA_PATH": "nope"}, checkout, argv=[command, *arguments.split()])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 

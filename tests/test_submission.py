@@ -23,7 +23,7 @@ import numpy as np
 import pack_code
 import pytest
 import run_logs
-from conftest import ROOT, TINY, launch, write_shard
+from conftest import ROOT, TINY, launch, python, write_shard
 
 SEEDS = (42, 1337, 7)
 TARGETS = 999  # of the made-up validation split
@@ -886,7 +886,7 @@ def tree(folder):
 
 
 def record_run(tree, trainer, command="bash run_8xh100.sh", **env):
-    (tree / "python").write_text(STUB.format(python=sys.executable, trainer=trainer))
+    (tree / "python").write_text(STUB.format(python=python(), trainer=trainer))
     (tree / "python").chmod(0o755)
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     clean |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "TRAIN_PYTHON": str(tree / "python")}
@@ -1021,8 +1021,7 @@ TOOLS = [ROOT / path for path in ("tools/make_submission.py", "tools/compliance.
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
 def test_a_tool_answers_help_and_refuses_what_it_does_not_know(path, tmp_path):
     """As its own process, in an empty folder; a module that is no command says so instead."""
-    start = lambda *arguments: subprocess.run([sys.executable, path, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                                              timeout=60, check=False)  # fmt: skip
+    start = lambda *arguments: launch({}, tmp_path, argv=[str(path), *arguments])
     helped, refused = start("-h"), start("--no-such-option", "x")
     if path.name == "run_logs.py":
         assert helped.returncode == 0 and "run_logs.py is a module of tools/compliance.py" in helped.stdout and not helped.stderr
@@ -1058,7 +1057,7 @@ def test_a_narrow_console_and_a_reader_that_goes_away(folder, code):
     tool = [sys.executable, str(ROOT / "tools/make_submission.py"), *WHO, "--out", "f\xfcr.json", *paths]
     done = subprocess.run(tool, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and "f\\xfcr.json: 1.1500 bits" in done.stdout and (folder / "f\xfcr.json").exists()
-    reader = f'"{sys.executable}" "{ROOT}/tools/compliance.py" {" ".join(paths)} | true; echo ${{PIPESTATUS[0]}}'
+    reader = f'"{python()}" "{ROOT}/tools/compliance.py" {" ".join(paths)} | true; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", reader], capture_output=True, text=True, check=False)
     assert done.stdout.strip() in ("141", "0") and done.stderr == ""
 

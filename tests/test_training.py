@@ -152,7 +152,7 @@ def test_nothing_compiles_once_the_clock_runs(options, data_dir, monkeypatch):
     monkeypatch.setattr(train_gpt, "compiled", functools.cache(compiled))
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
-    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2, num_layers=2,
+    cfg = tiny_config(data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", iterations=4, val_loss_every=2, num_layers=1,
                       **options)  # fmt: skip
     world, log = World(), silent_log()
     run = train(fresh_model(cfg).use(gpu_ops(cfg)), cfg, world, log, ValidationSet.load(cfg, world))
