@@ -2904,10 +2904,9 @@ def loss_operands(model: GPT, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 # On a CPU most of the time beside the products goes into memory: rows and queries are taken a few at a time, so that
 # what lies between two products stays in the cache, and it is touched as rarely as PyTorch's operations allow.
 
-ROWS = 256  # of an MLP's hidden layer
 QUERIES, SCORES = 64, 2**19  # of attention: a block's queries, and its scores at most
 KEPT_SCORES = 2**27  # of a layer and micro-batch, 4 bytes each, half of which causality leaves
-LOGITS = 2**19  # of the loss, at least 128 rows of them
+ROWS, LOGITS = 256, 2**19  # of an MLP's hidden layer; of the loss, at least 128 rows of them
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2(e)), which takes PyTorch a third of the time that its exp takes
 
 class RowNorm(torch.autograd.Function):
@@ -3075,8 +3074,7 @@ POLY_LIMIT = 1.6898605928768917
 
 def clip(x: Tensor, limit: float) -> Tensor:
     """Clip x (rows, columns) in place; the rows that had something to clip. A trained model's are a few in a hundred."""
-    low, high = x.amin(1), x.amax(1)  # of which aminmax makes no vectors
-    rows = (torch.maximum(-low, high) > limit).nonzero().squeeze(1)
+    rows = (torch.maximum(-x.amin(1), x.amax(1)) > limit).nonzero().squeeze(1)  # along rows, aminmax uses no vectors
     if len(rows):
         x.clamp_(-limit, limit)
     return rows
