@@ -127,8 +127,13 @@ server.sendmsg([marshal.dumps(asked)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS,
 os.close(theirs)
 told = open(status)
 fork = int(told.readline())
+def hand_on(number, _):
+    try:
+        os.kill(fork, number)
+    except ProcessLookupError:  # it has just ended
+        pass
 for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2, _signal.SIGWINCH):
-    _signal.signal(number, lambda number, _: os.kill(fork, number))
+    _signal.signal(number, hand_on)
 code = int(told.readline())
 if code < 0:
     _signal.signal(-code, _signal.SIG_DFL) if -code not in (_signal.SIGKILL, _signal.SIGSTOP) else None
@@ -214,7 +219,8 @@ def serve(number: int, listener_number: int) -> None:
             statuses[pid] = files[3]
             if source is not ours:
                 clients[source] = pid
-            os.write(files[3], f"{pid}\n".encode())
+            with contextlib.suppress(BrokenPipeError):  # a client that has been killed meanwhile: the next round sees it
+                os.write(files[3], f"{pid}\n".encode())
 
 
 def _tell_who_ended(statuses: dict[int, int]) -> None:
