@@ -15,7 +15,7 @@ import export_hf
 import pytest
 import torch
 from conftest import ROOT, tiny_model, tokens
-from test_sample import CASES, damaged, run_folder, stored_model  # noqa: F401
+from test_sample import CASES, damaged, drawn_model, run_folder  # noqa: F401
 from test_scripts import CONFIG, RESULT
 
 import train_gpt
@@ -61,7 +61,7 @@ def exported(model, folder, data_dir):
 @pytest.mark.parametrize("case", EXPORTED)
 @torch.no_grad()
 def test_transformers_gives_the_artifacts_logits(case, tmp_path, data_dir, hub_cache):
-    out = exported(stored_model(CASES[case]), tmp_path, data_dir)
+    out = exported(drawn_model(CASES[case]), tmp_path, data_dir)
     model, _ = train_gpt.load_artifact((tmp_path / "m.ptz").read_bytes(), "fp32")
     theirs, info = hub_cache.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()), info

@@ -43,15 +43,21 @@ def preset_settings(name):
     return arms.read_preset(ROOT / f"configs/{name}.env") | arms.pairs(SMALL)
 
 
-def stored_model(settings):
-    """A model with every parameter away from its initial value, as its artifact holds it."""
+def drawn_model(settings):
+    """A model with every parameter away from its initial value."""
     torch.manual_seed(0)
     cfg = train_gpt.Config.from_env(settings | {"ARTIFACT_CODEC": "int8"})
     model = train_gpt.GPT(cfg)
     with torch.no_grad():
         for _, _, p, role in train_gpt.parameter_owners(model):
             p.add_(torch.randn_like(p) * (0.1 if role.storage == "control" else 0.03))
-    return train_gpt.load_artifact(train_gpt.save_artifact(model, cfg), "fp32")[0]
+    return model
+
+
+def stored_model(settings):
+    """The same as its artifact holds it."""
+    model = drawn_model(settings)
+    return train_gpt.load_artifact(train_gpt.save_artifact(model, model.cfg), "fp32")[0]
 
 
 CASES = {name: preset_settings(name) for name in sorted({"default", *PRESETS})} | {text: TINY | arms.pairs(text) for text in SWITCHES}
