@@ -4467,7 +4467,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (RuntimeError, TypeError):  # no elements, in a shape that no tensor has
         raise ArtifactError(f"{path}: the checkpoint's header is not valid") from None
     if bad := not_finite(tensors):
-        raise ArtifactError(f"{path}: {bad} is not finite")
+        raise ArtifactError(f"{path}: {bad!a} is not finite")
     return header, tensors
 
 def not_finite(tensors: dict[str, Tensor]) -> str:

@@ -93,7 +93,7 @@ def test_a_checkpoint_with_a_number_that_is_not_finite_is_none(data_dir, tmp_pat
     header, tensors = read_checkpoint(newest)
     tensors["weight.vocab_bias"][3] = math.inf
     train_gpt.write_whole(newest, train_gpt.checkpoint_chunks({k: v for k, v in header.items() if k != "tensors"}, tensors))
-    with pytest.raises(ArtifactError, match=r"x_00000006\.ckpt: weight\.vocab_bias is not finite"):
+    with pytest.raises(ArtifactError, match=r"x_00000006\.ckpt: 'weight\.vocab_bias' is not finite"):
         read_checkpoint(newest)
     assert trained(dataclasses.replace(cfg, resume="1"))[0] == expected and "resumed step:3" in capsys.readouterr().out
 

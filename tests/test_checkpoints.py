@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -174,11 +175,13 @@ def test_every_damage_is_one_error(data_dir, tmp_path):
         text = json.dumps(header | {"tensors": described}).encode()
         body = train_gpt.CHECKPOINT_PREFIX.pack(b"TGCK", 1, len(text)) + text + bytes(64)
         forged.append(body + hashlib.sha256(body).digest())
+    forged.append(b"".join(train_gpt.checkpoint_chunks(header, tensors | {"a\nb": torch.tensor([math.nan])})))  # bench/fuzz.py found it
     cases = [b"", good[:10], good[:-1], good + b"x", b"X" + good[1:], good[:4] + b"\x09" + good[5:], *forged]
     for case in cases:
         path.write_bytes(case)
-        with pytest.raises(ArtifactError):
+        with pytest.raises(ArtifactError) as error:
             read_checkpoint(path)
+        assert str(error.value).isprintable()
 
 
 def test_a_forged_checkpoint_is_one_error(data_dir, tmp_path):
