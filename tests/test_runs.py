@@ -42,7 +42,8 @@ def test_the_committed_runs_are_listed(capsys):
             assert f" {text} " in rows[path.stem]
         assert rows[path.stem].endswith("1 x CPU process of 2 threads")
     assert {"R001_demo", "R014_demo"} <= rows.keys() and "R011_systems" not in rows
-    assert out.count("\n    preset demo\n") >= 3 and out.count("\n    preset demo TRAIN_LOG_EVERY=50\n") >= 2
+    assert out.count("\n    preset demo\n") >= 3 and out.count("\n    preset demo EMBED_INIT=random\n") >= 3  # a preset that has changed since
+    assert out.count("\n    preset demo TRAIN_LOG_EVERY=50 EMBED_INIT=random\n") >= 2
     assert re.fullmatch(r"runs.py: \d+ other files in .*logs: not the log of one run\n", err)
 
 

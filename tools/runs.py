@@ -79,16 +79,23 @@ def named_log(name, folder):
 
 
 def differing(config):
-    """What of a config line differs from the defaults, of all but seed, names and places: the preset that says most of it, and
-    the rest as SETTING=value."""
+    """What of a config line differs from the defaults, of all but seed, names and places: the preset after which least is left to
+    say, and the rest as SETTING=value."""
     import train_gpt
 
-    default = vars(train_gpt.Config(run_id="x"))
-    own = {k: v for k, v in config.items() if k in default and v != default[k] and k not in FREE_SETTINGS | PLACES}
-    covered = {name: preset for name, preset in presets().items() if preset.items() <= own.items()}
-    name = max(covered, key=lambda name: len(covered[name]), default=None)
-    rest = {k: v for k, v in own.items() if k not in covered.get(name, {})}
-    return [f"preset {name}"] * bool(name) + [f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in rest.items()]
+    default = {k: v for k, v in vars(train_gpt.Config(run_id="x")).items() if k not in FREE_SETTINGS | PLACES}
+
+    def left(preset):
+        """A setting that there was none of yet is at its default."""
+        expected = default | preset
+        values = {k: config.get(k, default[k]) for k in expected.keys() & (config.keys() | preset.keys())}
+        return {k: values[k] for k in expected if k in values and values[k] != expected[k]}
+
+    rest = {name: left(preset) for name, preset in presets().items()}
+    name = min(rest, key=lambda name: len(rest[name]))
+    if len(rest[name]) + 1 >= len(left({})):
+        name, rest = None, {None: left({})}
+    return [f"preset {name}"] * bool(name) + [f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in rest[name].items()]
 
 
 @functools.cache
