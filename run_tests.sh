@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests on any machine: sets up what is missing, then ruff, then pytest. 9 minutes on 2 slow cores (380 ms a step of the demo).
+# Lint and tests on any machine: sets up what is missing, then ruff, then pytest. 6 minutes on 2 cores (340 ms a step of the demo).
 #
 #   bash run_tests.sh                everything but the marked tests: it says how many these are, and how they are run
 #   bash run_tests.sh -m campaign    these: a browser, transformers, a notebook, namespaces, what takes long

@@ -298,7 +298,7 @@ print(json.dumps({kernel.name: counts(kernel) | {"spilled_bytes": kernel.spilled
 """
 
 
-@pytest.mark.parametrize(("capability", "most"), [(90, 16), (100, 16), (120, 64)])
+@pytest.mark.parametrize(("capability", "most"), [(90, 16), *(pytest.param(*other, marks=pytest.mark.campaign) for other in ((100, 16), (120, 64)))])
 def test_kernels_compile_for_a_gpu(capability, most, tmp_path):
     """The interpreter takes what the compiler does not. The default model's shapes, without a GPU: a thread's values
     stay in registers, but for a few bytes; reads are 16 bytes wide; the loss kernel fetches rows ahead."""

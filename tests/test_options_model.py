@@ -118,6 +118,7 @@ def test_the_header_of_an_artifact_names_an_option_only_where_it_is_on():
     assert fresh_model(Config(num_layers=2, model_dim=128, vocab_size=64)).skip_weights.numel() == 128
 
 
+@pytest.mark.campaign  # test_model.py compiles the default's graph
 def test_options_are_one_graph():
     """fullgraph, as on a GPU, with many options in each of two models; nothing may fall out of the graph. The first before and after
     untying; the second at a shorter length, where NTK_ROPE's tables are made in the graph, and at the full one."""

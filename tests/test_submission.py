@@ -914,6 +914,7 @@ def rehearsals():
 COPY_LOG = 'mkdir -p "${LOG_DIR:-logs}"; cp "made/record_seed$SEED.txt" "${LOG_DIR:-logs}/$RUN_ID.txt"'
 
 
+@pytest.mark.campaign
 def test_the_rehearsal_works_as_it_is_written(tree, code):
     head, page = rehearsals().values()
     begin = head.removesuffix(")").split()
