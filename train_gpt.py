@@ -3073,7 +3073,7 @@ def row_mlp(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
 POLY_LIMIT = 1.6898605928768917
 
 def clip(x: Tensor, limit: float) -> Tensor:
-    """Clip x (rows, columns) in place; the rows with something to clip. A trained model's are a few in a hundred."""
+    """Clip x (rows, columns) in place; the rows with something to clip: of a trained model, one in a hundred or so."""
     rows = (torch.maximum(-x.amin(1), x.amax(1)) > limit).nonzero().squeeze(1)  # aminmax is slow along rows
     if len(rows):
         x.clamp_(-limit, limit)

@@ -32,11 +32,10 @@ from typing import Any, NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parent / name) for name in (".", "../tools", "../bench")]
 
 from command_line import OneLineParser  # noqa: E402
-from conftest import ROOT, family, make_data  # noqa: E402
+from conftest import ROOT, clean_env, family, make_data  # noqa: E402
 
 PRESETS = ("default", "pr126_60m", "pr139", "pr367", "pr435")  # NeoMuon; recurrence and 8 bits; binary; averages; FRO
 STEPS, EVERY = 30, 4  # of a run, between two checkpoints
-KEPT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
 LIMIT_S = 300  # of one run, on a core that others use too
 ARTIFACT = "model.ptz"
 MOST_DRAWS = 20  # of a moment that comes before the run's end
@@ -80,7 +79,7 @@ def start(env: dict[str, str], folder: Path, processes: int = 1, restarts: int =
     if processes > 1:
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
                   "--monitor-interval=0.1", *words]  # fmt: skip
-    clean = {k: v for k, v in os.environ.items() if k in KEPT} | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    clean = clean_env() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "out", "ab") as out, open(folder / "err", "ab") as err:
         return subprocess.Popen([*before, sys.executable, *words], cwd=folder, env=clean | env, stdout=out, stderr=err, start_new_session=True)
 

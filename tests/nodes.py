@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import ROOT, family
+from conftest import ROOT, clean_env, family
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
@@ -34,9 +34,9 @@ class Hosts:
                  f"--rdzv-endpoint={ADDRESSES[0]}:29700", "--max-restarts=0", *own, str(ROOT / "train_gpt.py")]  # fmt: skip
         if script:
             words = ["bash", str(ROOT / "examples/two_nodes.sh"), *own]
-        clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
+        clean = clean_env()
         clean |= {"HEAD": ADDRESSES[0], "PORT": "29700", "NODES": str(nodes), "GPUS": str(processes), "RESTARTS": "0", "TRAIN_PYTHON": sys.executable}
-        clean |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.names[host], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        clean |= {"GLOO_SOCKET_IFNAME": self.names[host], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(folder / "out", "ab") as out, open(folder / "err", "ab") as err:
             return subprocess.Popen(["ip", "netns", "exec", self.names[host], *words], cwd=folder, env=clean | env, stdout=out, stderr=err,
                                     start_new_session=True)  # fmt: skip

@@ -117,9 +117,8 @@ def test_a_queue_may_signal_every_process(name, data_dir, tmp_path):
     paths = {name: str(tmp_path / name) for name in ("LOG_DIR", "ARTIFACT_PATH", "CHECKPOINT_DIR")}
     own = {"HEAD": "127.0.0.1", "NODES": "1", "GPUS": "2", "PORT": "29713", "RESTARTS": "0", "TRAIN_PYTHON": sys.executable,
            "PYTHON_EXEC": conftest.python()}  # fmt: skip
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")}
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
-        child = subprocess.Popen(["bash", "examples/two_nodes.sh", "--monitor-interval=0.1"], cwd=ROOT, env=clean | env | paths | own,
+        child = subprocess.Popen(["bash", "examples/two_nodes.sh", "--monitor-interval=0.1"], cwd=ROOT, env=conftest.clean_env() | env | paths | own,
                                  stdout=out, stderr=err, start_new_session=True)  # fmt: skip
     until = time.monotonic() + 120
     while "\nstep:4/" not in (tmp_path / "out").read_text() and child.poll() is None and time.monotonic() < until:

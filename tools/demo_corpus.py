@@ -89,13 +89,15 @@ def load_modules():
     """{module file name: [docstring, ...]} over all packages, each docstring once (at its first place)."""
     seen, modules, collects = set(), {}, gc.isenabled()
     gc.disable()  # syntax trees have no cycles: to look for some takes a third of the time
-    for package in PACKAGES:
-        for name, path in source_files(package):
-            texts = [text for text in docstrings(path.read_bytes()) if not (text in seen or seen.add(text))]
-            if texts:
-                modules[name] = texts
-    if collects:
-        gc.enable()
+    try:
+        for package in PACKAGES:
+            for name, path in source_files(package):
+                texts = [text for text in docstrings(path.read_bytes()) if not (text in seen or seen.add(text))]
+                if texts:
+                    modules[name] = texts
+    finally:
+        if collects:
+            gc.enable()
     return modules
 
 

@@ -91,10 +91,8 @@ def differing(config):
         values = {k: config.get(k, default[k]) for k in expected.keys() & (config.keys() | preset.keys())}
         return {k: values[k] for k in expected if k in values and values[k] != expected[k]}
 
-    rest = {name: left(preset) for name, preset in presets().items()}
-    name = min(rest, key=lambda name: len(rest[name]))
-    if len(rest[name]) + 1 >= len(left({})):
-        name, rest = None, {None: left({})}
+    rest = {"": left({})} | {name: left(preset) for name, preset in presets().items()}
+    name = min(rest, key=lambda name: bool(name) + len(rest[name]))
     return [f"preset {name}"] * bool(name) + [f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in rest[name].items()]
 
 
