@@ -130,6 +130,10 @@ class Proxy(NamedTuple):
 
 WINDOWS = "TRAIN_SEQ_LEN=512 YARN_MAX_LEN=1024 TRAIN_BATCH_TOKENS=8192 MICRO_BATCH_TOKENS=4096"
 PROXIES = {
+    # P1's eight tokens a ternary weight, at an eighth and three sevenths of its weights: how effects change with size
+    "S1": Proxy(f"{SHAPE} NUM_LAYERS=2 MODEL_DIM=64 VOCAB_SIZE=1024 EMBED_DIM=24 {WINDOWS}", 760_000, 40),
+    "S2": Proxy(f"{SHAPE} NUM_LAYERS=3 MODEL_DIM=96 BITNET_GROUP_SIZE=48 VOCAB_SIZE=1024 EMBED_DIM=36 {WINDOWS}",
+                2_530_000, 60),
     "P1": Proxy(f"{SHAPE} VOCAB_SIZE=1024 EMBED_DIM=48 {WINDOWS}", 6_000_000, 80),
     "P2": Proxy("NUM_LAYERS=6 MODEL_DIM=192 NUM_HEADS=4 NUM_KV_HEADS=2 BITNET_GROUP_SIZE=64 "
                 f"VOCAB_SIZE=8192 EMBED_DIM=96 {WINDOWS}", 4_000_000, 160),

@@ -39,7 +39,8 @@ def test_every_arm_is_accepted_and_differs_from_the_others(command):
 
 
 def test_proxies_have_their_size_length_and_scores():
-    own = {"P1": ("1024", "48", "4", "128", 732, "80"), "P2": ("8192", "96", "6", "192", 488, "160")}
+    own = {"S1": ("1024", "24", "2", "64", 92, "40"), "S2": ("1024", "36", "3", "96", 308, "60"),
+           "P1": ("1024", "48", "4", "128", 732, "80"), "P2": ("8192", "96", "6", "192", 488, "160")}
     shape = ("VOCAB_SIZE", "EMBED_DIM", "NUM_LAYERS", "MODEL_DIM")
     for proxy, (vocab, embed, layers, width, steps, wide) in own.items():
         found = settings_of(f"recipe --proxy {proxy}")
@@ -453,7 +454,7 @@ def test_the_newest_record_counts_and_unknown_arms_stand_last(tmp_path, capsys):
 
 @pytest.mark.parametrize(("command", "said"), [
     ("nothing", "invalid choice: 'nothing'"),
-    ("recipe --steps 9", "recipe: expected --proxy P1 or P2"),
+    ("recipe --steps 9", "recipe: expected --proxy S1 or S2 or P1 or P2"),
     ("recipe --proxy P1 --steps 9 --seconds 9", "--steps and --seconds: expected one of them"),
     ("systems", "systems: expected --steps, --tokens or --seconds"),
     ("switches --steps 9 --full", "switches has no --full"),
