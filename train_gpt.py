@@ -2328,12 +2328,11 @@ class Machine:
 
     def __init__(self) -> None:
         keep_freed_memory()
-        self.since = [0.0, since_launch_s()]
+        self.imported_s = since_launch_s()
 
     @staticmethod
     def fit(cfg: Config, world: World, said: Sources) -> Config:
-        """On a GPU, unless the user or a preset says MICRO_BATCH_TOKENS: the largest of 65,536, 32,768, ... that should
-        fit into 4/5 of the free memory."""
+        """On a GPU, unless it is set: the largest MICRO_BATCH_TOKENS of 65,536, 32,768, ... for 4/5 of free memory."""
         if world.device.type != "cuda" or "MICRO_BATCH_TOKENS" in said.user | said.preset:
             return cfg
         with torch.device("meta"):
@@ -2348,8 +2347,8 @@ class Machine:
     def check(self, cfg: Config, world: World, log: Log) -> Config:
         """Chooses `fast_ops` without what fails the self-check, which runs on a GPU and, with KERNELS_STRICT=1, on a
         CPU; says what the start took. Returns the config as it can be kept."""
-        self.since.append(since_launch_s())
-        checked, clock = Checked(fast_ops(cfg, world.device), cfg, {"kernels": {}, "kernels_off": {}}), Clock(world)
+        loaded_s, clock = since_launch_s(), Clock(world)
+        checked = Checked(fast_ops(cfg, world.device), cfg, {"kernels": {}, "kernels_off": {}})
         if world.device.type != "cpu" or cfg.kernels_strict:
             passed = passed_before(cfg, world)
             if world.agree(passed.is_file()):
@@ -2364,12 +2363,10 @@ class Machine:
                         write_whole(passed, json.dumps(checked.report).encode())
         self.ops, cfg, report = checked
         self.report = report | {"attention": attention_name(cfg, self.ops, world.device)}
-        fast = [name for name, fields in KERNELS.items()
-                if any(getattr(self.ops, field) is not getattr(Ops(), field) for field in fields)]  # fmt: skip
+        fast = [name for name in KERNELS if without(self.ops, [name]) != self.ops]
         log(f"kernels:{','.join(fast) or 'off'} attention:{self.report['attention']}")
-        self.since.append(since_launch_s())
-        parts = zip(("imports", "data", "self_check"), itertools.pairwise(self.since), strict=True)
-        log("setup " + " ".join(f"{part}:{1000 * (end - start):.0f}ms" for part, (start, end) in parts))
+        times = itertools.pairwise([0.0, self.imported_s, loaded_s, since_launch_s()])
+        log("setup imports:{:.0f}ms data:{:.0f}ms self_check:{:.0f}ms".format(*(1000 * (b - a) for a, b in times)))
         self.attention = attention_backends(world.device, kernels_wanted(cfg))
         return cfg
 
@@ -2408,8 +2405,7 @@ def passed_before(cfg: Config, world: World) -> Path:
     return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
 
 def versions() -> list[str]:
-    """Of the libraries and of NVIDIA's driver, as Linux tells it. What cannot be told is no error: a cuDNN that PyTorch
-    was not built with, since attention runs on another one; a machine without a driver."""
+    """Of libraries and NVIDIA's driver; what cannot be told, as of a cuDNN that PyTorch does not know, is no error."""
     found = [torch.__version__, str(torch.version.cuda), getattr(triton, "__version__", "")]
     for ask in (torch.backends.cudnn.version, Path("/proc/driver/nvidia/version").read_text):
         try:
@@ -2591,7 +2587,11 @@ def first_calls(model: GPT, x: Tensor, tail: int) -> list[tuple[str, list]]:
 
 def leaf(a: Any) -> Any:
     """A tensor without its history; where it had one, or is a parameter, gradients are followed from here."""
-    return a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+    if not isinstance(a, Tensor):
+        return a
+    own = a.detach()
+    own.requires_grad = a.requires_grad
+    return own
 
 def values_and_gradients(function: Callable, arguments: list, differentiate: bool) -> list[Tensor | None]:
     """The function's results, then the gradients of a random combination of them with respect to every argument and
