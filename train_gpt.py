@@ -13,8 +13,8 @@ The file reads in the order the data flows:
     1 Config    2 Runtime    3 Data    4 Ternary format    5 Model    6 Optimizer    7 Training    8 Artifact
     9 Evaluation    10 Report    11 Hardware    12 Options    13 Main
 The default run meets 11 and 12 in three places: `Ops`, how a model is computed (plainly in 5, faster in 11), `Parts`,
-what it is made of, and `Hook`, what happens around a step (by default nothing); besides, 11 has the banks of matrices
-that the optimizer works on, and 12 the codecs of the artifact and who follows a run (`View`).
+what it is made of, and `Hook`, what happens around a step (by default nothing); besides, 11 has the `Machine` and the
+banks of matrices that the optimizer works on, and 12 the codecs of the artifact and who follows a run (`View`).
 
 Shapes: B sequences, T tokens, D model_dim, E embed_dim, H query heads, K key/value heads, C head_dim, V vocabulary, G
 weights that share a scale. Units are suffixes (_s, _bytes, _tokens, _frac); losses are nats per token; bits per byte
@@ -108,7 +108,6 @@ class Settings:
     compile_mode: Literal["default", "none", "training", "reduce-overhead", "max-autotune",
                           "max-autotune-no-cudagraphs"] = setting(
         "default", "of torch.compile, on a GPU; training: not the score")  # fmt: skip
-
     kernels: str = setting("auto", "fast operations: auto: what passes the self-check; off; or names: loss,qk,mlp")
     kernels_strict: bool = setting(False, "a fast operation that fails the self-check ends the run")
 
@@ -266,8 +265,6 @@ ORDINARY = dict(pair.split(":") for pair in """
 def meant(name: str) -> str:
     return f"did you mean {name}?" if name else "there is nothing like it here"
 
-TAKEN = {"VOCAB_SIZE": "tokenizer", "MICRO_BATCH_TOKENS": "memory"}  # where nobody says it
-
 class Sources(NamedTuple):
     """Who set what: names of settings that the environment holds."""
 
@@ -286,7 +283,8 @@ class Sources(NamedTuple):
         default, differ = Config(), defaultdict(list)
         for f in dataclasses.fields(cfg):
             name, value = f.name.upper(), getattr(cfg, f.name)
-            source = "environment" if name in self.user else "preset" if name in self.preset else TAKEN.get(name, "")
+            taken = {"VOCAB_SIZE": "tokenizer", "MICRO_BATCH_TOKENS": "memory"}.get(name, "")  # where nobody says it
+            source = "environment" if name in self.user else "preset" if name in self.preset else taken
             source = "artifact" if cfg.eval_only and f.metadata["model"] else source
             if value != getattr(default, f.name) and (f.name != "run_id" or name in self.user):
                 differ[source].append(f"{name}={int(value) if isinstance(value, bool) else value}")
@@ -386,7 +384,6 @@ class World:
             raise UserError(f"{found}: expected what torchrun sets, or nothing")
         rank, size, local_rank, local_size = map(int, given.values())
         device = torch.device("cpu")
-        keep_freed_memory()
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
             if max(local_rank + 1, local_size) > gpus:  # every process sees it, so rank 0 can say it
@@ -642,33 +639,6 @@ def hold(handle: int, wait: bool = False) -> bool:
     except OSError:
         pass
     return True
-
-def since_launch_s() -> float:
-    """Seconds since the process was started (Linux; elsewhere 0)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-def within_memory(cfg: Config, scoring: Callable[[Config], Any]) -> Any:
-    """scoring(cfg), on a GPU whose memory is too small for it again with half of MICRO_BATCH_TOKENS."""
-    while True:
-        try:
-            return scoring(cfg)
-        except torch.OutOfMemoryError:
-            if cfg.micro_batch_tokens <= cfg.train_seq_len:
-                raise
-        torch.cuda.empty_cache()
-        cfg = dataclasses.replace(cfg, micro_batch_tokens=cfg.micro_batch_tokens // 2)
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held at a time: of the GPU's memory, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, ValueError, IndexError):  # getrusage knows what the process was forked from, too
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """dtype of activations and matrix products. No autocast: since torch 2.12 it would return float32 from rms_norm."""
@@ -1710,8 +1680,7 @@ def end_training(model: GPT, take_step: TrainingStep, world: World, loop: Loop) 
     if step < cfg.iterations:
         log(f"stopping_early: wallclock_cap train_time:{1000 * train_time_s:.0f}ms step:{step}/{cfg.iterations}")
     take_step.share_latent()
-    agree = replicas_agree(model, world)
-    if not agree:
+    if not (agree := replicas_agree(model, world)):
         log("error: the processes' weights have drifted apart; what is exported is the first one's, and no valid run")
     figures = dict(part for hook in take_step.hooks for part in hook.figures().items())
     return figures | {"steps": step, "tokens": tokens, "train_time_s": train_time_s, "replicas_agree": agree,
@@ -1832,20 +1801,20 @@ def save_artifact(model: GPT, cfg: Config, done: Callable[[float], None] = nothi
         raise ValueError("the model is an artifact's, whose bytes are there: expected one that was trained")
     model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     layout, symbols, chosen = Layout(model), model_symbols(model, cfg), cfg.artifact_codec
-    names = [name for name, codec in CODECS.items() if (codec.auto if chosen == "auto" else name == chosen)]
+    codecs = {name: codec for name, codec in CODECS.items() if (codec.auto if chosen == "auto" else name == chosen)}
     packed: dict[str, list[bytes]] = {}
 
     def pack(name: str) -> None:
-        packed[name] = CODECS[name].pack(symbols, layout)
-        done(len(packed) / (len(names) + 1))
+        packed[name] = codecs[name].pack(symbols, layout)
+        done(len(packed) / (len(codecs) + 1))
 
     with ThreadPoolExecutor() as pool:  # LZMA and numpy release the interpreter
-        list(pool.map(pack, names))
-    for name in sorted(names, key=lambda name: sum(map(len, packed[name]))):
-        if all(np.array_equal(*two) for two in zip(symbols, CODECS[name].unpack(packed[name], layout), strict=True)):
+        list(pool.map(pack, codecs))
+    for name in sorted(codecs, key=lambda name: sum(map(len, packed[name]))):
+        if all(np.array_equal(*two) for two in zip(symbols, codecs[name].unpack(packed[name], layout), strict=True)):
             break
     else:
-        raise AssertionError(f"no codec of {names} gives the symbols back")
+        raise AssertionError(f"no codec of {[*codecs]} gives the symbols back")
     settings = cfg.stored_settings() | {"codec": name, "temperature": repr(model.temperature.item())}
     header = "\n".join(f"{k}={v}" for k, v in settings.items()).encode()
     body = header + STREAM_LENGTHS.pack(*map(len, packed[name])) + b"".join(packed[name])
@@ -2353,30 +2322,67 @@ class Checked(NamedTuple):
     ops: Ops
     cfg: Config  # KERNELS without what is off; COMPILE_MODE=none where the compiled graph is at fault
     report: dict[str, Any]  # for the result line
-    attention: AbstractContextManager = contextlib.nullcontext()  # within it
 
-def checked_ops(cfg: Config, world: World, log: Log) -> Checked:
-    """`fast_ops` without what fails the self-check, which runs on a GPU and, with KERNELS_STRICT=1, on a CPU."""
-    ops, clock = fast_ops(cfg, world.device), Clock(world)
-    checked = Checked(ops, cfg, {"kernels": {}, "kernels_off": {}})
-    if world.device.type != "cpu" or cfg.kernels_strict:
-        passed = passed_before(cfg, world)
-        if world.agree(passed.is_file()):
-            log(f"self_check: passed before ({passed})")
-            checked = checked._replace(report=json.loads(passed.read_bytes()) if world.is_main else {})
-        else:
-            checked = SelfCheck(cfg, world, log).run(ops)
-            errors = " ".join(f"{name}:{error:.1e}" for name, error in checked.report["kernels"].items())
-            log(f"self_check:{1000 * clock.finish():.0f}ms largest differences {errors}")
-            if world.is_main and not checked.report["kernels_off"]:
-                with contextlib.suppress(OSError):
-                    write_whole(passed, json.dumps(checked.report).encode())
-    attention = attention_name(checked.cfg, checked.ops, world.device)
-    fast = [name for name, fields in KERNELS.items()
-            if any(getattr(checked.ops, field) is not getattr(Ops(), field) for field in fields)]  # fmt: skip
-    log(f"kernels:{','.join(fast) or 'off'} attention:{attention}")
-    backends = attention_backends(world.device, kernels_wanted(checked.cfg))
-    return checked._replace(report=checked.report | {"attention": attention}, attention=backends)
+class Machine:
+    """What a run computes with and within. Made first of all: the seconds up to there are those of the imports."""
+
+    def __init__(self) -> None:
+        keep_freed_memory()
+        self.imported_s = since_launch_s()
+
+    @staticmethod
+    def fit(cfg: Config, world: World, said: Sources) -> Config:
+        """On a GPU, unless it is set: the largest MICRO_BATCH_TOKENS of 65,536, 32,768, ... for 4/5 of free memory."""
+        if world.device.type != "cuda" or "MICRO_BATCH_TOKENS" in said.user | said.preset:
+            return cfg
+        with torch.device("meta"):
+            params, _ = count_parameters(GPT(cfg))
+        free = torch.tensor([torch.cuda.mem_get_info(world.device)[0]], device=world.device)
+        room = 0.8 * min(world.gather(free).tolist()) - 20 * params  # weights, gradients and moments in float32
+        tokens = cfg.micro_batch_tokens
+        while tokens > cfg.train_seq_len and tokens * bytes_per_token(cfg, world.device) > room:
+            tokens //= 2
+        return dataclasses.replace(cfg, micro_batch_tokens=max(tokens, cfg.train_seq_len))
+
+    def check(self, cfg: Config, world: World, log: Log) -> Config:
+        """Chooses `fast_ops` without what fails the self-check, which runs on a GPU and, with KERNELS_STRICT=1, on a
+        CPU; says what the start took. Returns the config as it can be kept."""
+        loaded_s, clock = since_launch_s(), Clock(world)
+        checked = Checked(fast_ops(cfg, world.device), cfg, {"kernels": {}, "kernels_off": {}})
+        if world.device.type != "cpu" or cfg.kernels_strict:
+            passed = passed_before(cfg, world)
+            if world.agree(passed.is_file()):
+                log(f"self_check: passed before ({passed})")
+                checked = checked._replace(report=json.loads(passed.read_bytes()) if world.is_main else {})
+            else:
+                checked = SelfCheck(cfg, world, log).run(checked.ops)
+                errors = " ".join(f"{name}:{error:.1e}" for name, error in checked.report["kernels"].items())
+                log(f"self_check:{1000 * clock.finish():.0f}ms largest differences {errors}")
+                if world.is_main and not checked.report["kernels_off"]:
+                    with contextlib.suppress(OSError):
+                        write_whole(passed, json.dumps(checked.report).encode())
+        self.ops, cfg, report = checked
+        self.report = report | {"attention": attention_name(cfg, self.ops, world.device)}
+        fast = [name for name in KERNELS if without(self.ops, [name]) != self.ops]
+        log(f"kernels:{','.join(fast) or 'off'} attention:{self.report['attention']}")
+        times = itertools.pairwise([0.0, self.imported_s, loaded_s, since_launch_s()])
+        log("setup imports:{:.0f}ms data:{:.0f}ms self_check:{:.0f}ms".format(*(1000 * (b - a) for a, b in times)))
+        self.attention = attention_backends(world.device, kernels_wanted(cfg))
+        return cfg
+
+    @contextlib.contextmanager
+    def training(self, cfg: Config, world: World) -> Iterator[None]:
+        """Within it, too little memory is a UserError that names the setting to lower."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            too_much = f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}: too much for the memory of {gpu_name(world)}"
+            raise UserError(f"{too_much}; expected fewer ({str(error).splitlines()[0]})") from None
+
+    def figures(self, world: World) -> dict[str, Any]:
+        """Of the machine, for the result line."""
+        return {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
+                "peak_memory_bytes": peak_memory_bytes(world.device), "torch_version": torch.__version__}  # fmt: skip
 
 def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
     """What computes attention; of PyTorch's own, which of them."""
@@ -2394,25 +2400,19 @@ def attention_name(cfg: Config, ops: Ops, device: torch.device) -> str:
 def passed_before(cfg: Config, world: World) -> Path:
     """The file that says that this code has passed with these settings, on this kind of device, with these versions."""
     device = torch.cuda.get_device_properties(world.device) if world.device.type == "cuda" else platform.machine()
-    versions = (torch.__version__, torch.version.cuda, cudnn_version(), driver_version(),
-                getattr(triton, "__version__", ""))  # fmt: skip
     settings = cfg.model_settings(), cfg.kernels, cfg.precision, cfg.compile_mode, cfg.score_stride
-    key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions
+    key = Path(__file__).read_bytes(), settings, batch_layout(cfg, world.size), str(device), versions()
     return Path("data/compile_cache") / f"passed_{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
 
-def cudnn_version() -> str:
-    """Of the library that is there; where it is not the one that PyTorch was built with, what PyTorch says of it."""
-    try:
-        return str(torch.backends.cudnn.version())
-    except RuntimeError as error:  # attention runs on another one
-        return str(error)
-
-def driver_version() -> str:
-    """Of NVIDIA's driver, as Linux tells it; "" where it does not."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return ""
+def versions() -> list[str]:
+    """Of libraries and NVIDIA's driver; what cannot be told, as of a cuDNN that PyTorch does not know, is no error."""
+    found = [torch.__version__, str(torch.version.cuda), getattr(triton, "__version__", "")]
+    for ask in (torch.backends.cudnn.version, Path("/proc/driver/nvidia/version").read_text):
+        try:
+            found.append(str(ask()))
+        except (OSError, RuntimeError) as error:
+            found.append(str(error))
+    return found
 
 class SelfCheck:
     """Compares the fast operations with the plain ones, on a model of the run's shapes with drawn weights."""
@@ -2633,18 +2633,22 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
-def fit_micro_batch(cfg: Config, world: World) -> Config:
-    """On a GPU: the largest MICRO_BATCH_TOKENS of 65,536, 32,768, ... that should fit into 4/5 of the free memory."""
-    if world.device.type != "cuda":
-        return cfg
-    with torch.device("meta"):
-        params, _ = count_parameters(GPT(cfg))
-    free = torch.tensor([torch.cuda.mem_get_info(world.device)[0]], device=world.device)
-    room = 0.8 * min(world.gather(free).tolist()) - 20 * params  # weights, gradients and moments in float32
-    tokens = cfg.micro_batch_tokens
-    while tokens > cfg.train_seq_len and tokens * bytes_per_token(cfg, world.device) > room:
-        tokens //= 2
-    return dataclasses.replace(cfg, micro_batch_tokens=max(tokens, cfg.train_seq_len))
+def within_memory(cfg: Config, scoring: Callable[[Config], Any]) -> Any:
+    """scoring(cfg), on a GPU whose memory is too small for it again with half of MICRO_BATCH_TOKENS."""
+    while cfg.micro_batch_tokens > cfg.train_seq_len:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return scoring(cfg)
+        torch.cuda.empty_cache()
+        cfg = dataclasses.replace(cfg, micro_batch_tokens=cfg.micro_batch_tokens // 2)
+    return scoring(cfg)
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held at a time: of the GPU's memory, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # getrusage knows what the process was forked from, too
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def bytes_per_token(cfg: Config, device: torch.device) -> int:
     """What the forward pass of training keeps for the backward pass, roughly: compiled, a block's input, qkv, heads and
@@ -2720,6 +2724,13 @@ def graphs_compiled() -> int:
     """Graphs that torch.compile has made so far: none should be added once the clock runs."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not loaded: nothing was compiled, and loading it takes a second
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+def since_launch_s() -> float:
+    """Seconds since the process was started (Linux; elsewhere 0)."""
+    with contextlib.suppress(OSError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 def keep_compiled() -> None:
     """Compiled kernels go to data/compile_cache, where the next run finds them: seconds, not minutes."""
@@ -5977,19 +5988,16 @@ CODECS |= {name: CODECS[name]._replace(auto=True) for name in ("ans", "base3", "
 class Config(OptionSettings):
     """Every setting: NUM_LAYERS=12 in the environment sets num_layers."""
 
-def train_and_export(cfg: Config, world: World, ops: Ops, log: Log, val: ValidationSet) -> tuple[bytes, dict[str, Any]]:
+def train_and_export(cfg: Config, world: World, machine: Machine, log: Log, val: ValidationSet) -> tuple[bytes, dict]:
     """Train, turn the model into bytes, and score it as it is; the trained model ends here."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg).to(world.device).use(ops)
+    model = GPT(cfg).to(world.device).use(machine.ops)
     micro_batches, _ = batch_layout(cfg, world.size)
     log(f"params:{count_parameters(model)[0]} L:{cfg.num_layers} d:{cfg.model_dim} h:{cfg.num_heads} "
         f"kv:{cfg.num_kv_heads} ws:{world.size} ga:{micro_batches} s:{cfg.seed}")
     check_resources(model, world, log, val.num_targets)
-    try:
+    with machine.training(cfg, world):
         run = train(model, cfg, world, log, val)
-    except torch.OutOfMemoryError as error:
-        too_much = f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}: too much for the memory of {gpu_name(world)}"
-        raise UserError(f"{too_much}; expected fewer ({str(error).splitlines()[0]})") from None
     clock, blob, path = Clock(world), b"", cfg.artifact_path
     if world.is_main:  # first of all: whatever a score runs into, the model is saved
         blob = save_artifact(model, cfg, log.view.phase("export"))
@@ -6028,15 +6036,13 @@ def fit_vocabulary(cfg: Config, said: Sources) -> tuple[Config, Sources]:
 
 def main() -> int:
     """The exit code: 0, or 1 after a run that is not valid."""
-    since = [0.0, since_launch_s()]
-    cfg, said, blob = Config.from_env(), Sources.from_env(), b""
+    machine, cfg, said, blob = Machine(), Config.from_env(), Sources.from_env(), b""
     if cfg.eval_only:
         blob, cfg = read_artifact(cfg, said)
     else:
         cfg, said = fit_vocabulary(cfg, said)
     world = World.from_env()
-    if "MICRO_BATCH_TOKENS" not in said.user | said.preset:
-        cfg = fit_micro_batch(cfg, world)
+    cfg = machine.fit(cfg, world, said)
     if not cfg.eval_only:
         for shape in cfg.step_shapes():
             batch_layout(cfg, world.size, shape)  # every process gets its share, or the run ends here
@@ -6048,24 +6054,18 @@ def main() -> int:
             check_writable(cfg.artifact_path)
         log = Log(cfg, world, view)
         log_start(cfg, world, log, said, val.notes)
-        since.append(since_launch_s())
-        ops, cfg, kernels, attention = checked_ops(cfg, world, log)
-        since.append(since_launch_s())
-        parts = zip(("imports", "data", "self_check"), itertools.pairwise(since), strict=True)
-        log("setup " + " ".join(f"{part}:{1000 * (end - start):.0f}ms" for part, (start, end) in parts))
-        result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)} | kernels
-        with attention:
+        cfg = machine.check(cfg, world, log)
+        result = {"run_id": cfg.run_id, "seed": cfg.seed, "log_path": str(log.path)} | machine.report
+        with machine.attention:
             if not cfg.eval_only:
-                blob, run = train_and_export(cfg, world, ops, log, val)
+                blob, run = train_and_export(cfg, world, machine, log, val)
                 result |= run
             view.phase("reading back")
             result["artifact_sha256"] = hashlib.sha256(blob).hexdigest()
             model, _ = load_artifact(blob, cfg.precision, cfg.compile_mode)  # from here on, only what the bytes hold
-            with rounded_once(model.to(world.device).use(ops)):
+            with rounded_once(model.to(world.device).use(machine.ops)):
                 result |= score_artifact(model, val, cfg, world, log)
-        result |= {"device": world.device.type, "world_size": world.size, "gpu_name": gpu_name(world),
-                   "peak_memory_bytes": peak_memory_bytes(world.device), "torch_version": torch.__version__,
-                   "git_commit": git_commit()}  # fmt: skip
+        result |= machine.figures(world) | {"git_commit": git_commit()}
         log("result " + json.dumps(result))
     world.close()
     if stopped_by := result.get("stopped_by"):

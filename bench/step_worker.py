@@ -217,6 +217,7 @@ class Worker:
     """Answers the requests; built lazily, so that a request pays only for what it needs."""
 
     def __init__(self) -> None:
+        t.keep_freed_memory()
         self.cfg, self.world = t.Config.from_env(), t.World.from_env()
         self.device, self.synthetic, self._stack = self.world.device, False, contextlib.ExitStack()
         wanted = [t.kernels_wanted(self.cfg)] if hasattr(t, "kernels_wanted") else []  # an older version has no KERNELS

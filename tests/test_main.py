@@ -65,6 +65,7 @@ def test_the_log_is_a_complete_record_in_the_published_grammar(one_process):
     config = json.loads(re.search(r"^config (\{.*\})$", log, re.M)[1])
     assert config["num_layers"] == 3 and {"data_path", "tokenizer_path"} <= config.keys()
     for pattern in (
+        r"setup imports:[1-9]\d*ms data:\d+ms self_check:\d+ms",
         r"startup:[1-9]\d*ms",
         r"params:\d+ L:3 d:64 h:4 kv:2 ws:1 ga:2 s:7",
         r"step:20/24 loss:\d+\.\d{4} t:\d+ms avg:\d+\.\dms",

@@ -27,6 +27,7 @@ from train_gpt import (
     Commitment,
     Log,
     LossScaling,
+    Machine,
     Ops,
     Schedules,
     Softening,
@@ -43,7 +44,6 @@ from train_gpt import (
     batch_layout,
     count_parameters,
     evaluate,
-    fast_ops,
     load_artifact,
     replicas_agree,
     rounded_once,
@@ -738,7 +738,8 @@ def test_a_run_learns_and_its_artifact_scores_the_same(settings, data_dir, tmp_p
     cfg = tiny_config(**settings, data_path=data_dir, tokenizer_path=data_dir / "tokenizer.model", temp_scaling=0)
     world, log = World(), Log(cfg, World())
     val = ValidationSet.load(cfg, world)
-    blob, run = train_and_export(cfg, world, fast_ops(cfg, world.device), log, val)
+    machine = Machine()
+    blob, run = train_and_export(machine.check(cfg, world, log), world, machine, log, val)
     model, _ = load_artifact(blob, cfg.precision)
     assert evaluate(model, val, cfg, world)[0] == run["val_loss"] < math.log(320) - 0.4
     text = next((tmp_path / "logs").glob("*.txt")).read_text()

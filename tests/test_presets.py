@@ -83,13 +83,13 @@ def test_every_system_learns_and_comes_back_exactly(data_dir, tmp_path, monkeypa
     for name in arms.SYSTEMS:
         cfg = train_gpt.Config.from_env(tiny_arm(name, data_dir))
         val = train_gpt.ValidationSet.load(cfg, world)
-        ops = train_gpt.fast_ops(cfg, world.device)
-        blob, run = train_gpt.train_and_export(cfg, world, ops, train_gpt.Log(cfg, world), val)
+        machine, log = train_gpt.Machine(), train_gpt.Log(cfg, world)
+        blob, run = train_gpt.train_and_export(machine.check(cfg, world, log), world, machine, log, val)
         first_losses[name] = run["first_losses"]
         assert run["first_losses"][-1] < run["first_losses"][0] - 1, (name, run["first_losses"])
         model, loaded = train_gpt.load_artifact(blob)
         assert loaded.model_settings() == cfg.model_settings(), name
-        assert train_gpt.evaluate(model.use(ops), val, cfg, world) == (run["val_loss"], run["val_bpb"]), name
+        assert train_gpt.evaluate(model.use(machine.ops), val, cfg, world) == (run["val_loss"], run["val_bpb"]), name
     done = launch(tiny_arm("pr126_60m", data_dir), tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.rsplit("\nresult ", 1)[1])

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, fresh_model, gpu_ops, on_processes, tiny_config, tokens
 
 import train_gpt
-from train_gpt import KERNELS, Config, Ops, SelfCheck, UserError, World, checked_ops, fast_ops, rounded_once, training_loss
+from train_gpt import KERNELS, Config, Machine, Ops, SelfCheck, Sources, UserError, World, fast_ops, rounded_once, training_loss
 
 CPU = torch.device("cpu")
 FAST = [field for field in Ops._fields if getattr(fast_ops(tiny_config(), CPU), field) is not getattr(Ops(), field)]
@@ -231,33 +231,40 @@ def test_kernels_names_what_is_fast():
     assert ops == Ops(loss=train_gpt.chunked_loss, mlp=train_gpt.row_mlp)
 
 
+def check(cfg, log):
+    """What a run computes with."""
+    machine = Machine()
+    machine.check(cfg, World(), log)
+    return machine
+
+
 def test_strict_is_an_error_of_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "row_mlp", broken(train_gpt.row_mlp, "factor"))
     with pytest.raises(UserError, match="KERNELS_STRICT=1: mlp: Differs: mlp, result 0 is 1.0300 times the plain one"):
-        checked_ops(tiny_config(kernels_strict=1), World(), silent)
+        check(tiny_config(kernels_strict=1), silent)
 
 
 def test_what_has_passed_is_not_checked_again(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cfg, log = tiny_config(kernels_strict=1), []
-    first, again = (checked_ops(cfg, World(), lines_of(log)).report for _ in range(2))
+    first, again = (check(cfg, lines_of(log)).report for _ in range(2))
     assert first == again and {"mlp", "compile"} <= first["kernels"].keys()
-    assert log[0].startswith("self_check:") and "largest differences" in log[0] and log[2].startswith("self_check: passed before")
-    assert log[1] == log[3] == "kernels:matmul,norm,qk,attention,mlp,loss,score attention:blocks"
-    checked_ops(tiny_config(kernels_strict=1, num_layers=2), World(), lines_of(log))
-    assert "largest differences" in log[4]  # another model
+    assert log[0].startswith("self_check:") and "largest differences" in log[0] and log[3].startswith("self_check: passed before")
+    assert log[1] == log[4] == "kernels:matmul,norm,qk,attention,mlp,loss,score attention:blocks"
+    check(tiny_config(kernels_strict=1, num_layers=2), lines_of(log))
+    assert "largest differences" in log[6]  # another model
     monkeypatch.setattr(train_gpt, "row_mlp", broken(train_gpt.row_mlp, "factor"))
     with pytest.raises(UserError):
-        checked_ops(tiny_config(kernels_strict=1, num_layers=4), World(), silent)
+        check(tiny_config(kernels_strict=1, num_layers=4), silent)
     assert len([*tmp_path.rglob("passed_*.json")]) == 2  # none of what failed
 
 
 def test_a_cpu_checks_nothing_unless_asked():
     log = []
-    checked = checked_ops(tiny_config(), World(), lines_of(log))
-    assert checked.ops == fast_ops(tiny_config(), CPU) and len(log) == 1
-    assert checked.report == {"kernels": {}, "kernels_off": {}, "attention": "blocks"}
+    machine = check(tiny_config(), lines_of(log))
+    assert machine.ops == fast_ops(tiny_config(), CPU) and [line.partition(":")[0] for line in log] == ["kernels", "setup imports"]
+    assert machine.report == {"kernels": {}, "kernels_off": {}, "attention": "blocks"}
 
 
 def fails_on_one(world):
@@ -317,9 +324,12 @@ def test_the_micro_batch_is_what_a_gpus_memory_should_hold(gigabytes, capability
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=capability[0]))
     world = World(device=torch.device("cuda"))
     monkeypatch.setattr(torch, "tensor", lambda values, **_: torch.Tensor(values))  # on no GPU
-    assert train_gpt.fit_micro_batch(Config(), world).micro_batch_tokens == tokens
+    assert Machine.fit(Config(), world, Sources.from_env({})).micro_batch_tokens == tokens
+    said = {"MICRO_BATCH_TOKENS": "65536"}
+    for env in (said, said | {"PRESET_SETTINGS": "MICRO_BATCH_TOKENS"}):  # the user's, or a preset's
+        assert Machine.fit(Config(), world, Sources.from_env(env)).micro_batch_tokens == 65_536
 
 
 def test_a_cpus_micro_batch_stays():
     cfg = tiny_config()
-    assert train_gpt.fit_micro_batch(cfg, World()) is cfg
+    assert Machine.fit(cfg, World(), Sources.from_env({})) is cfg
