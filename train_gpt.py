@@ -3837,6 +3837,7 @@ class OptionSettings(Settings):
     attention_window: int = setting(0, "tokens that one attends to; then one pass scores; 0: all", model=True, least=0)
     parallel_blocks: bool = setting(False, "attention and MLP side by side", model=True)
     attention_free_layers: int = setting(0, "layers in the middle that are an MLP alone", model=True, least=0)
+    smear_gate: bool = setting(False, "each token's embedding takes up a share of the one before", model=True)
 
     tversky_num_features: int = setting(0, "0: the prototypes themselves", model=True, least=0, most=2**16,
                                         group="Companions of #640's switches")  # fmt: skip
@@ -4055,7 +4056,8 @@ def choose_parts(cfg: Config) -> Parts:
 
 def output_parts(cfg: Config, p: Parts) -> Parts:
     """What leads from tokens into the model and out of it."""
-    table = joined(BigramTable if cfg.bigram_hash else Table, *[Untied] * (cfg.tie_embeddings == 0))
+    mixins = [SmearGated] * cfg.smear_gate + [Untied] * (cfg.tie_embeddings == 0)
+    table = joined(BigramTable if cfg.bigram_hash else Table, *mixins)
     untying = lambda *sizes: unsaved(UntyingProjection(*sizes))
     embed_out = untying if cfg.untie_at_fraction else TableProjection
     if cfg.tie_embeddings == 0 or cfg.logit_head_type == "tversky" or not cfg.embed_dim:
@@ -5498,6 +5500,24 @@ class BigramTable(Table):
     def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         before = F.pad(idx[:, :-1], (1, 0))  # token 0 stands before the window
         return super().rows(idx, dtype) + self.previous.rows(before, dtype)
+
+class SmearGated:
+    """Rows n_t, normalized, that take up a share of the row before: n_t + amount * sigmoid(w . n_t[:12]) * n_(t-1).
+
+    A token's key then tells what came before it, so that one layer, not two, finds what followed an earlier occurrence
+    of the present token. After modded-nanogpt's smear, whose amount is 0 at first; nothing stands before the window.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
+        super().__init__(vocab_size, dim, fp_storage, init_std)
+        self.smear = nn.Module()  # its own, since they are controls and the table is not
+        self.smear.gate, self.smear.amount = nn.Parameter(torch.zeros(min(12, dim))), nn.Parameter(torch.ones(1))
+
+    def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        n = rms_norm(super().rows(idx, dtype))
+        gate, amount = (as_stored(p).to(dtype) for p in (self.smear.gate, self.smear.amount))
+        share = amount * (n[..., : len(gate)] @ gate).sigmoid().unsqueeze(-1)
+        return n + share * F.pad(n[:, :-1], (0, 0, 1, 0))
 
 class OutputHead(Table):
     """Logits straight from the hidden states: (V, D), 0 at first."""

@@ -55,6 +55,8 @@ OPTIONS = [
     {"activation": "leaky_relu2"},
     {"activation": "gelu", "smear": 1},
     {"bigram_hash": 1},
+    {"smear_gate": 1},
+    {"smear_gate": 1, "bigram_hash": 1, "embed_dim": 0, "tie_embeddings": 0},
     {"bigram_hash": 1, "embed_dim": 0, "smear": 1},
     {"refiner": 1, "refiner_kernel": 2},
     {"diff_attn": 1},
@@ -122,7 +124,7 @@ def test_the_header_of_an_artifact_names_an_option_only_where_it_is_on():
 def test_options_are_one_graph():
     """fullgraph, as on a GPU, with many options in each of two models; nothing may fall out of the graph. The first before and after
     untying; the second at a shorter length, where NTK_ROPE's tables are made in the graph, and at the full one."""
-    first = tiny_model(num_layers=1, bigram_hash=1, smear=1, refiner=1, diff_attn=1, activation="swiglu", mlp_groups=2, mtp_heads=1, tie_embeddings=2,
+    first = tiny_model(num_layers=1, bigram_hash=1, smear_gate=1, smear=1, refiner=1, diff_attn=1, activation="swiglu", mlp_groups=2, mtp_heads=1, tie_embeddings=2,
                        untie_at_fraction=0.5, warmup_steps=2, attn_proj_type="tversky", softcap_type="tanh")  # fmt: skip
     second = tiny_model(num_layers=2, num_unique_layers=1, recurrence_factor=2, ntk_rope=1, rope_type="rope", gradient_checkpointing=1, act_quant="int8",
                         input_norm="all", xsa_last_n=1, qkv_split=1, weight_quant="binary", softcap_type="tanh")  # fmt: skip
@@ -459,6 +461,21 @@ def test_smear_is_the_mean_of_the_prefix():
     torch.testing.assert_close(smear(x).double(), expected, rtol=1e-5, atol=1e-6)
     # bfloat16 counts end at 256, and its sums lose what is added: the mean of ones must stay 1
     assert torch.equal(smear(torch.ones(1, 2000, 64, dtype=torch.bfloat16)), torch.ones(1, 2000, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("embed_dim", [32, 8])  # more channels than the gate looks at, and fewer
+def test_a_smeared_row_is_its_own_and_a_gated_share_of_the_one_before(embed_dim):
+    table = tiny_model(smear_gate=1, embed_dim=embed_dim).table
+    with torch.no_grad():
+        table.smear.gate.normal_(), table.smear.amount.fill_(0.75)
+    idx = torch.randint(table.weight.size(0), (2, 9))
+    rows = table.rounded().double()[idx]
+    n = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = n.clone()
+    for b, t in itertools.product(range(2), range(1, 9)):
+        gate = sum(as_stored(table.smear.gate)[c].double() * n[b, t, c] for c in range(min(12, embed_dim)))
+        expected[b, t] += 0.75 / (1 + (-gate).exp()) * n[b, t - 1]
+    torch.testing.assert_close(table.rows(idx, torch.float32).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_refiner_is_a_causal_convolution():

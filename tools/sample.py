@@ -85,7 +85,7 @@ class Context:
         self.positions = [(m, name, getattr(m, name)) for m in self.model.modules() for kind, names in buffers.items()
                           if isinstance(m, kind) for name in names]  # fmt: skip
         for module in self.model.modules():
-            if isinstance(module, train_gpt.BigramTable):
+            if isinstance(module, (train_gpt.BigramTable, train_gpt.SmearGated)):
                 self.teach(module, "rows", partial(self.rows, type(module).rows, module))
             elif isinstance(module, train_gpt.Smear):
                 self.teach(module, "forward", partial(self.smear, module))
@@ -134,12 +134,11 @@ class Context:
         return train_gpt.attend_band(q, k, v, window) if window else train_gpt.attend(q, k, v)
 
     def rows(self, plain, table, idx, dtype):
-        """`BigramTable.rows`: the token before the first new one is the last of the old ones."""
+        """`rows` of BigramTable and SmearGated: both look at the token before, so with both two old ones count."""
         import torch
 
-        if not self.ids:
-            return plain(table, idx, dtype)
-        return plain(table, torch.cat((idx.new_tensor([self.ids[-1:]]), idx), dim=1), dtype)[:, 1:]
+        before = idx.new_tensor([self.ids[-2:]])
+        return plain(table, torch.cat((before, idx), dim=1), dtype)[:, before.size(1) :]
 
     def smear(self, module, x):
         """`Smear.forward` with the sum of all positions so far."""
