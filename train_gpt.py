@@ -124,6 +124,7 @@ class Settings:
     mlp_mult: int = setting(4, "width of the MLP, in MODEL_DIM", model=True, least=1, most=64)
     # #640 has 254: the entropy coder and the narrower FP_STORAGE make room for more. A multiple of 8: rows of 16 bytes
     embed_dim: int = setting(440, "channels of the embedding; 0: MODEL_DIM", model=True, least=0, most=2**16)
+    smear_gate: bool = setting(True, "each token's embedding takes up a share of the one before", model=True)
     activation: Literal["relu2", "relu", "leaky_relu", "leaky_relu2", "gelu", "swiglu"] = setting(
         "relu2", "of the MLP", model=True)  # fmt: skip
     qk_gain_init: float = setting(2.25, "initial gain of each query head", least=0)
@@ -209,7 +210,7 @@ class Settings:
     def stored_settings(self) -> dict[str, str]:
         """What an artifact's header holds: the exported model's settings, those of options only where they are on."""
         options = [f for f in dataclasses.fields(self) if f.name not in Settings.__dataclass_fields__]
-        off = {f.name.upper(): str(f.default) for f in options}
+        off = UNSAID | {f.name.upper(): str(f.default) for f in options}
         return {name: text for name, text in self.exported().model_settings().items() if off.get(name) != text}
 
     @classmethod
@@ -234,6 +235,9 @@ class Settings:
         for name, kept, expected in RULES:
             if not kept(self):
                 raise UserError(f"{name.upper()}={getattr(self, name)!r}: expected {named(expected, self)}")
+
+# What artifacts and checkpoints mean that do not say it, for ever, since the setting came later than the first of them
+UNSAID = {"SMEAR_GATE": "False"}
 
 # Names that other scripts of this field have for the settings behind the colons; behind none: there is nothing like it
 FOREIGN = dict(pair.split(":") for pair in """
@@ -1091,6 +1095,27 @@ class Table(TableProjection):
         """The input side: (...) -> (..., E)."""
         return self.ops.lookup(idx, self.weight, self.stored(dtype))
 
+class SmearGated:
+    """Rows n_t, normalized, that take up a share of the row before: n_t + amount * sigmoid(w . n_t[:12]) * n_(t-1).
+
+    A token's key then tells what came before it, so that one layer, not two, finds what followed an earlier occurrence
+    of the present token. After modded-nanogpt's smear, whose amount is 0 at first; nothing stands before the window.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
+        super().__init__(vocab_size, dim, fp_storage, init_std)
+        self.smearing = nn.Module()  # its own, since they are controls and the table is not
+        self.smearing.gate, self.smearing.amount = nn.Parameter(torch.zeros(min(12, dim))), nn.Parameter(torch.ones(1))
+
+    def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
+        n = rms_norm(super().rows(idx, dtype))
+        gate, amount = (as_stored(p).to(dtype) for p in (self.smearing.gate, self.smearing.amount))
+        share = amount * (n[..., : len(gate)] @ gate).sigmoid().unsqueeze(-1)
+        return n + share * F.pad(n[:, :-1], (0, 0, 1, 0))
+
+class SmearedTable(SmearGated, Table):
+    """The default's."""
+
 class Rotary(nn.Module):
     """Angles of the rotary embedding, or of #640's YaRN variant: low frequencies divided by up to yarn_max_len / T."""
 
@@ -1211,7 +1236,7 @@ class Parts(NamedTuple):
     block: Callable = Block  # (cfg, parts)
     blocks: Callable = build_blocks  # (cfg, parts)
     order: Callable = u_net  # (cfg, training)
-    table: Callable = Table  # (pieces, width, FP_STORAGE, deviation of the initial weights)
+    table: Callable = SmearedTable  # (pieces, width, FP_STORAGE, deviation of the initial weights)
     embed_in: Callable = TableProjection  # (in_dim, out_dim, FP_STORAGE)
     embed_out: Callable = TableProjection
     output_table: Callable = lambda cfg, table: table  # noqa: ARG005  the embedding itself
@@ -1842,7 +1867,8 @@ def read_container(blob: bytes) -> Container:
         settings = dict(line.split("=", 1) for line in bytes(body[:header_length]).decode().split("\n"))
         codec, temperature = settings.pop("codec"), float(settings.pop("temperature"))
         # how training cut its batches is not stored: any batch and stride that suit the stored window will do
-        cfg = Config.from_env(settings | {"TRAIN_BATCH_TOKENS": settings["TRAIN_SEQ_LEN"], "SLIDING_EVAL_STRIDE": "1"})
+        batches = {"TRAIN_BATCH_TOKENS": settings["TRAIN_SEQ_LEN"], "SLIDING_EVAL_STRIDE": "1"}
+        cfg = Config.from_env(UNSAID | settings | batches)
         lengths = STREAM_LENGTHS.unpack_from(body, header_length)
     except (ValueError, KeyError, struct.error) as error:
         raise ArtifactError(f"the artifact's header is not valid: {error}") from None
@@ -3837,7 +3863,6 @@ class OptionSettings(Settings):
     attention_window: int = setting(0, "tokens that one attends to; then one pass scores; 0: all", model=True, least=0)
     parallel_blocks: bool = setting(False, "attention and MLP side by side", model=True)
     attention_free_layers: int = setting(0, "layers in the middle that are an MLP alone", model=True, least=0)
-    smear_gate: bool = setting(False, "each token's embedding takes up a share of the one before", model=True)
 
     tversky_num_features: int = setting(0, "0: the prototypes themselves", model=True, least=0, most=2**16,
                                         group="Companions of #640's switches")  # fmt: skip
@@ -4056,8 +4081,9 @@ def choose_parts(cfg: Config) -> Parts:
 
 def output_parts(cfg: Config, p: Parts) -> Parts:
     """What leads from tokens into the model and out of it."""
-    mixins = [SmearGated] * cfg.smear_gate + [Untied] * (cfg.tie_embeddings == 0)
-    table = joined(BigramTable if cfg.bigram_hash else Table, *mixins)
+    kind = BigramTable if cfg.bigram_hash else SmearedTable if cfg.smear_gate else Table
+    smear = [SmearGated] * (cfg.smear_gate and cfg.bigram_hash)
+    table = joined(kind, *smear, *[Untied] * (cfg.tie_embeddings == 0))
     untying = lambda *sizes: unsaved(UntyingProjection(*sizes))
     embed_out = untying if cfg.untie_at_fraction else TableProjection
     if cfg.tie_embeddings == 0 or cfg.logit_head_type == "tversky" or not cfg.embed_dim:
@@ -4622,10 +4648,11 @@ class Checkpoints(Hook):
 
     def go_on(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         cfg, world, loop = self.step.cfg, self.step.world, self.loop
+        saved = UNSAID | header["same"]
         for name, value in self.same.items():
-            if header["same"].get(name) != value:
-                saved = f"the checkpoint has {' '.join(str(header['same'].get(name)).split()):.80}"
-                raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {saved}; a run goes on with the same")
+            if saved.get(name) != value:
+                other = f"the checkpoint has {' '.join(str(saved.get(name)).split()):.80}"
+                raise UserError(f"RESUME={cfg.resume!r}: {name}={value}, but {other}; a run goes on with the same")
         restore_training(self.step, tensors, header["numbers"])
         loop.report.saved = "; the last good checkpoint is that of RESUME"
         loop.step = loop.report.step = int(header["step"])
@@ -5500,24 +5527,6 @@ class BigramTable(Table):
     def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         before = F.pad(idx[:, :-1], (1, 0))  # token 0 stands before the window
         return super().rows(idx, dtype) + self.previous.rows(before, dtype)
-
-class SmearGated:
-    """Rows n_t, normalized, that take up a share of the row before: n_t + amount * sigmoid(w . n_t[:12]) * n_(t-1).
-
-    A token's key then tells what came before it, so that one layer, not two, finds what followed an earlier occurrence
-    of the present token. After modded-nanogpt's smear, whose amount is 0 at first; nothing stands before the window.
-    """
-
-    def __init__(self, vocab_size: int, dim: int, fp_storage: str, init_std: float) -> None:
-        super().__init__(vocab_size, dim, fp_storage, init_std)
-        self.smear = nn.Module()  # its own, since they are controls and the table is not
-        self.smear.gate, self.smear.amount = nn.Parameter(torch.zeros(min(12, dim))), nn.Parameter(torch.ones(1))
-
-    def rows(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        n = rms_norm(super().rows(idx, dtype))
-        gate, amount = (as_stored(p).to(dtype) for p in (self.smear.gate, self.smear.amount))
-        share = amount * (n[..., : len(gate)] @ gate).sigmoid().unsqueeze(-1)
-        return n + share * F.pad(n[:, :-1], (0, 0, 1, 0))
 
 class OutputHead(Table):
     """Logits straight from the hidden states: (V, D), 0 at first."""

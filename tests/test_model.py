@@ -53,7 +53,7 @@ def test_hidden_states_are_the_u_net_written_out():
     for layers in (2, 3, 4, 5):
         model = tiny_model(num_layers=layers)
         x = tokens(model)
-        x0 = h = rms_norm(model.embed_in(model.table.stored(torch.float32)[x]))
+        x0 = h = rms_norm(model.embed_in(model.table.rows(x, torch.float32)))
         outputs, half = [], layers // 2
         for i in range(layers):
             partner = 2 * half - 1 - i  # the encoder block whose output decoder block i takes

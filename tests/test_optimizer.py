@@ -38,7 +38,7 @@ def test_roles_follow_the_class_that_owns_the_parameter():
         elif isinstance(module, TableProjection):
             assert roles[f"{name}.weight"] == ("matrix_lr", "table")
     controls = {name.split(".")[-1] for name, role in roles.items() if role == ("scalar_lr", "control")}
-    assert controls == {"q_gain", "stream_mix", "attn_scale", "mlp_scale", "skip_weights", "vocab_bias"}
+    assert controls == {"q_gain", "stream_mix", "attn_scale", "mlp_scale", "skip_weights", "vocab_bias", "gate", "amount"}
     assert {role.storage for role in roles.values()} == {"ternary", "table", "control"}
 
 

@@ -55,8 +55,8 @@ OPTIONS = [
     {"activation": "leaky_relu2"},
     {"activation": "gelu", "smear": 1},
     {"bigram_hash": 1},
-    {"smear_gate": 1},
-    {"smear_gate": 1, "bigram_hash": 1, "embed_dim": 0, "tie_embeddings": 0},
+    {"smear_gate": 0},
+    {"smear_gate": 0, "bigram_hash": 1},
     {"bigram_hash": 1, "embed_dim": 0, "smear": 1},
     {"refiner": 1, "refiner_kernel": 2},
     {"diff_attn": 1},
@@ -124,7 +124,7 @@ def test_the_header_of_an_artifact_names_an_option_only_where_it_is_on():
 def test_options_are_one_graph():
     """fullgraph, as on a GPU, with many options in each of two models; nothing may fall out of the graph. The first before and after
     untying; the second at a shorter length, where NTK_ROPE's tables are made in the graph, and at the full one."""
-    first = tiny_model(num_layers=1, bigram_hash=1, smear_gate=1, smear=1, refiner=1, diff_attn=1, activation="swiglu", mlp_groups=2, mtp_heads=1, tie_embeddings=2,
+    first = tiny_model(num_layers=1, bigram_hash=1, smear=1, refiner=1, diff_attn=1, activation="swiglu", mlp_groups=2, mtp_heads=1, tie_embeddings=2,
                        untie_at_fraction=0.5, warmup_steps=2, attn_proj_type="tversky", softcap_type="tanh")  # fmt: skip
     second = tiny_model(num_layers=2, num_unique_layers=1, recurrence_factor=2, ntk_rope=1, rope_type="rope", gradient_checkpointing=1, act_quant="int8",
                         input_norm="all", xsa_last_n=1, qkv_split=1, weight_quant="binary", softcap_type="tanh")  # fmt: skip
@@ -330,7 +330,7 @@ def test_position_decides_where_order_comes_from():
     x = torch.tensor([[5, 9, 2, 7, 1, 3]])
     shuffled = x[:, [3, 0, 4, 2, 1, 5]]
     for position, same in (("none", True), ("rope", False), ("radial", False)):
-        model = tiny_model(position=position, num_layers=1)
+        model = tiny_model(position=position, num_layers=1, smear_gate=0)
         assert torch.allclose(model.hidden(x)[:, -1], model.hidden(shuffled)[:, -1], atol=1e-5) == same, position
 
 
@@ -374,7 +374,7 @@ def test_a_grouped_mlp_is_a_block_diagonal_one():
 
 def u_net_written_out(model, x, repeats=1):
     """Pass e through block e mod their number, `repeats` times in a row; skips are popped once before and pushed once after them."""
-    x0 = h = rms_norm(model.embed_in(model.table.stored(torch.float32)[x]))
+    x0 = h = rms_norm(model.embed_in(model.table.rows(x, torch.float32)))
     outputs, depth = [], model.cfg.num_layers
     half = depth // 2
     for e in range(depth):
@@ -414,7 +414,7 @@ def test_without_unet_and_mix_their_parameters_are_gone():
     model = tiny_model(unet=0, resid_mix=0).use(train_gpt.Ops())
     x = tokens(model)
     assert model.skip_weights.numel() == 0 and all(block.stream_mix.numel() == 0 for block in model.blocks)
-    h = rms_norm(model.embed_in(model.table.stored(torch.float32)[x]))
+    h = rms_norm(model.embed_in(model.table.rows(x, torch.float32)))
     for block in model.blocks:
         h = h + as_stored(block.attn_scale) * block.attention(rms_norm(h))
         h = h + as_stored(block.mlp_scale) * block.mlp(rms_norm(h))
@@ -424,7 +424,7 @@ def test_without_unet_and_mix_their_parameters_are_gone():
 def test_parallel_and_attention_free_blocks_written_out():
     model = tiny_model(parallel_blocks=1, attention_free_layers=1, unet=0)
     x = tokens(model)
-    x0 = h = rms_norm(model.embed_in(model.table.stored(torch.float32)[x]))
+    x0 = h = rms_norm(model.embed_in(model.table.rows(x, torch.float32)))
     for i, block in enumerate(model.blocks):
         mix = as_stored(block.stream_mix)
         h = mix[0] * h + mix[1] * x0
@@ -465,15 +465,15 @@ def test_smear_is_the_mean_of_the_prefix():
 
 @pytest.mark.parametrize("embed_dim", [32, 8])  # more channels than the gate looks at, and fewer
 def test_a_smeared_row_is_its_own_and_a_gated_share_of_the_one_before(embed_dim):
-    table = tiny_model(smear_gate=1, embed_dim=embed_dim).table
+    table = tiny_model(embed_dim=embed_dim).table
     with torch.no_grad():
-        table.smear.gate.normal_(), table.smear.amount.fill_(0.75)
+        table.smearing.gate.normal_(), table.smearing.amount.fill_(0.75)
     idx = torch.randint(table.weight.size(0), (2, 9))
     rows = table.rounded().double()[idx]
     n = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     expected = n.clone()
     for b, t in itertools.product(range(2), range(1, 9)):
-        gate = sum(as_stored(table.smear.gate)[c].double() * n[b, t, c] for c in range(min(12, embed_dim)))
+        gate = sum(as_stored(table.smearing.gate)[c].double() * n[b, t, c] for c in range(min(12, embed_dim)))
         expected[b, t] += 0.75 / (1 + (-gate).exp()) * n[b, t - 1]
     torch.testing.assert_close(table.rows(idx, torch.float32).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -492,7 +492,7 @@ def test_refiner_is_a_causal_convolution():
 
 
 def test_bigram_adds_the_row_of_the_token_before():
-    model = tiny_model(bigram_hash=1)
+    model = tiny_model(bigram_hash=1, smear_gate=0)
     x = tokens(model)
     own, previous = (t.stored(torch.float32) for t in (model.table, model.table.previous))
     for b, t in ((0, 0), (0, 1), (1, 17)):

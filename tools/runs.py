@@ -84,6 +84,7 @@ def differing(config):
     import train_gpt
 
     default = {k: v for k, v in vars(train_gpt.Config(run_id="x")).items() if k not in FREE_SETTINGS | PLACES}
+    config = {k.lower(): v == "True" for k, v in train_gpt.UNSAID.items()} | config  # it was written before these
 
     def left(preset):
         """A setting that there was none of yet is at its default."""

@@ -79,9 +79,9 @@ class TernaryGPTForCausalLM(PreTrainedModel, GenerationMixin):
         x = F.embedding(ids, self.get_parameter("table.weight"))
         if self.has("table.previous.weight"):
             x = x + F.embedding(F.pad(ids[:, :-1], (1, 0)), self.get_parameter("table.previous.weight"))
-        if self.has("table.smear.gate"):
-            n, gate = rms_norm(x), self.get_parameter("table.smear.gate")
-            share = self.get_parameter("table.smear.amount") * (n[..., : len(gate)] @ gate).sigmoid()[..., None]
+        if self.has("table.smearing.gate"):
+            n, gate = rms_norm(x), self.get_parameter("table.smearing.gate")
+            share = self.get_parameter("table.smearing.amount") * (n[..., : len(gate)] @ gate).sigmoid()[..., None]
             x = n + share * F.pad(n[:, :-1], (0, 0, 1, 0))
         x = rms_norm(F.linear(x, self.get_parameter("embed_in.weight")) if self.has("embed_in.weight") else x)
         if self.config.settings["position"] != "radial":
