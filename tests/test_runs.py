@@ -42,8 +42,9 @@ def test_the_committed_runs_are_listed(capsys):
             assert f" {text} " in rows[path.stem]
         assert rows[path.stem].endswith("1 x CPU process of 2 threads")
     assert {"R001_demo", "R014_demo"} <= rows.keys() and "R011_systems" not in rows
-    assert out.count("\n    preset demo\n") >= 3 and out.count("\n    preset demo EMBED_INIT=random\n") >= 3  # a preset that has changed since
-    assert out.count("\n    preset demo TRAIN_LOG_EVERY=50 EMBED_INIT=random\n") >= 2
+    before = "\n    preset demo SMEAR_GATE=0"  # a preset that has changed since
+    assert out.count("\n    preset demo\n") >= 3 and out.count(f"{before}\n") >= 3 and out.count(f"{before} EMBED_INIT=random\n") >= 3
+    assert out.count(f"{before} TRAIN_LOG_EVERY=50 EMBED_INIT=random\n") >= 2
     assert re.fullmatch(r"runs.py: \d+ other files in .*logs: not the log of one run\n", err)
 
 
