@@ -13,10 +13,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import hub_fetch
 import numpy as np
 import pytest
 import sentencepiece
+from shard_io import UserError
 
 pytest.importorskip("huggingface_hub", reason="pip install -r requirements-data.txt")
 
@@ -243,6 +246,27 @@ def test_nothing_there_or_no_network_is_one_line(tmp_path: Path, hub: Hub) -> No
     assert "3 training and 0 validation shards of fineweb10B_sp8192" in error_line(fetch(tmp_path / "data", hub.url))
     assert "not found, or not public" in error_line(fetch(tmp_path / "data", f"{hub.url}/elsewhere"))
     assert shards_in(tmp_path / "data") == {}
+
+
+def entries(*paths: str) -> list[SimpleNamespace]:
+    return [SimpleNamespace(path=path, size=9, lfs=None) for path in paths]
+
+
+def test_an_export_is_looked_for_in_its_folder_alone(tmp_path: Path) -> None:
+    """The repository of the 16,384 pieces also holds other tokenizations, under the same names."""
+    names = ["datasets/fineweb10B_sp16384/fineweb_train_000000.bin", "datasets/fineweb10B_sp16384/fineweb_val_000000.bin"]
+    names.append("tokenizers/fineweb_16384_bpe.model")
+    listed = entries(*(f"{folder}/{name}" for folder in ("another", "canonical", "more/canonical") for name in names))
+    files = hub_fetch.choose_files(listed, hub_fetch.EXPORTS["sp16384"], tmp_path, None)
+    chosen = [file.path for part in ("train", "val", "tokenizer") for file in files[part]]
+    assert chosen == [f"canonical/{name}" for name in names]
+    assert files["train"][0].target == tmp_path / names[0]
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = entries("a/fineweb10B_sp8192/fineweb_train_000000.bin", "b/fineweb10B_sp8192/fineweb_train_000000.bin")
+    with pytest.raises(UserError, match="a/fineweb10B_sp8192/.* and b/fineweb10B_sp8192/.*; expected one of them"):
+        hub_fetch.choose_files(twice, hub_fetch.EXPORTS["sp8192"], tmp_path, None)
 
 
 UNUSABLE = {

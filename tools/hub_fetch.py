@@ -40,11 +40,16 @@ class Export(NamedTuple):
     repository: str
     dataset: str
     tokenizer: str
+    within: str = ""  # the folder of the repository where they are looked for: others hold files of the same names
 
 
 EXPORTS = {
     "sp8192": Export("sproos/parameter-golf-tokenizers", "fineweb10B_sp8192", "fineweb_8192_bpe.model"),
     "sp1024": Export("willdepueoai/parameter-golf", "fineweb10B_sp1024", "fineweb_1024_bpe.model"),
+    # #2086's
+    "sp16384": Export(
+        "deniskurlov/parameter-golf-fineweb-sp16384", "fineweb10B_sp16384", "fineweb_16384_bpe.model", "canonical/"
+    ),
 }
 
 
@@ -217,12 +222,14 @@ def one_line(error):
 def choose_files(listed, export, folder, shards):
     """The tokenizer, the whole validation split and the training shards to have, in the order to fetch them."""
     tokenizer, found = None, {split: {} for split in SPLITS}
-    pattern = re.compile(rf"(?:.*/)?{re.escape(export.dataset)}/fineweb_(train|val)_(\d{{6}})\.bin")
+    pattern = re.compile(rf"{re.escape(export.within)}(?:.*/)?{re.escape(export.dataset)}/fineweb_(train|val)_(\d{{6}})\.bin")
     for entry in listed:
         if match := pattern.fullmatch(entry.path):
             target = folder / "datasets" / export.dataset / Path(entry.path).name
-            found[match[1]][int(match[2])] = remote_file(entry, target)
-        elif Path(entry.path).name == export.tokenizer:
+            other = found[match[1]].setdefault(int(match[2]), remote_file(entry, target))
+            if other.path != entry.path:  # of which tokenization?
+                raise UserError(f"dataset repository {export.repository}: {other.path} and {entry.path}; expected one of them")
+        elif entry.path.startswith(export.within) and Path(entry.path).name == export.tokenizer:
             tokenizer = remote_file(entry, folder / "tokenizers" / export.tokenizer)
     if tokenizer is None or not found["train"] or not found["val"]:
         raise UserError(
