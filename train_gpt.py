@@ -125,6 +125,7 @@ class Settings:
     # #640 has 254: the entropy coder and the narrower FP_STORAGE make room for more. A multiple of 8: rows of 16 bytes
     embed_dim: int = setting(440, "channels of the embedding; 0: MODEL_DIM", model=True, least=0, most=2**16)
     smear_gate: bool = setting(True, "each token's embedding takes up a share of the one before", model=True)
+    key_offset: bool = setting(True, "half of each key's channels are those of the token before", model=True)
     activation: Literal["relu2", "relu", "leaky_relu", "leaky_relu2", "gelu", "swiglu"] = setting(
         "relu2", "of the MLP", model=True)  # fmt: skip
     qk_gain_init: float = setting(2.25, "initial gain of each query head", least=0)
@@ -237,7 +238,7 @@ class Settings:
                 raise UserError(f"{name.upper()}={getattr(self, name)!r}: expected {named(expected, self)}")
 
 # What artifacts and checkpoints mean that do not say it, for ever, since the setting came later than the first of them
-UNSAID = {"SMEAR_GATE": "False"}
+UNSAID = {"SMEAR_GATE": "False", "KEY_OFFSET": "False"}
 
 # Names that other scripts of this field have for the settings behind the colons; behind none: there is nothing like it
 FOREIGN = dict(pair.split(":") for pair in """
@@ -1161,6 +1162,26 @@ class Attention(Part):
         """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
         return self.ops.attend(q, k, v)
 
+class OffsetKeys:
+    """Keys whose slowly turning channels, the upper half of the pairs, are those of the position before.
+
+    What a query finds by them is the position after the one that it asked for, so one layer, not two, finds what
+    followed an earlier occurrence of the present token. modded-nanogpt's, there in the layers with long windows.
+    """
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().mix(q, self.offset(k), v)
+
+    @staticmethod
+    def offset(k: Tensor) -> Tensor:
+        """(B, T, K, C) -> (B, T, K, C); the first position, which has none before it, keeps its own."""
+        pairs = k.size(-1) // 2
+        slow = torch.arange(2 * pairs, device=k.device) % pairs >= (pairs + 1) // 2
+        return torch.where(slow, torch.cat((k[:, :1], k[:, :-1]), 1), k)
+
+class OffsetAttention(OffsetKeys, Attention):
+    """The default's."""
+
 class MLP(Part):
     inputs = 1  # input channels of the activation for each of its outputs
 
@@ -1230,7 +1251,7 @@ class Parts(NamedTuple):
     qkv: Callable = TernaryLinear  # the same, for queries, keys and values
     output: Callable = NormedLinear  # the same, for the last matrix of an MLP, and of attention:
     attention_output: Callable = NormedLinear
-    attention: Callable = Attention  # (cfg, parts)
+    attention: Callable = OffsetAttention  # (cfg, parts)
     rotary: Callable = Rotary  # (cfg)
     mlp: Callable = MLP  # (cfg, parts, width, hidden width)
     block: Callable = Block  # (cfg, parts)
@@ -4066,9 +4087,10 @@ def choose_parts(cfg: Config) -> Parts:
         own = 0 if cfg.tversky_feature_pools else cfg.tversky_num_features
         tversky = joined(Tversky, *[InputNormed] * (cfg.input_norm == "outputs"))
         p = p._replace(attention_output=lambda _, out_dim, cfg, std: tversky(cfg, out_dim, own))  # noqa: ARG005
-    attention = [DifferentialMix] * cfg.diff_attn + [Banded] * (cfg.attention_window > 0)
+    mixes = [OffsetKeys] * cfg.key_offset + [DifferentialMix] * cfg.diff_attn + [Banded] * (cfg.attention_window > 0)
+    attention = OffsetAttention if mixes == [OffsetKeys] else joined(Attention, *mixes)
     rotary = NTKRotary if cfg.ntk_rope else Rotary if cfg.position == "rope" else NoRotary
-    p = p._replace(attention=joined(Attention, *attention), rotary=rotary, block=block_kind(cfg))
+    p = p._replace(attention=attention, rotary=rotary, block=block_kind(cfg))
     if cfg.num_unique_layers or cfg.xsa_last_n or cfg.attention_free_layers or cfg.tversky_feature_pools:
         p = p._replace(blocks=build_layers)
     if cfg.num_unique_layers or cfg.training_depth_recurrence or cfg.eval_depth_recurrence or not cfg.unet:

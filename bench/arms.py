@@ -178,6 +178,7 @@ SWITCHES = {
     "BIGRAM_HASH=1": "#640: .020 behind, its table under Muon",
     "SMEAR=1": "#640: .001 ahead in long runs",
     "SMEAR_GATE=0": "the default's share of the token before",
+    "KEY_OFFSET=0": "the default's keys that tell the token before",
     "REFINER=1": "#640: its convolution was in no optimizer",
     "DIFF_ATTN=1": "#640: .022 behind",
     "MLP_GROUPS=2": "#640: .031 behind",
@@ -246,6 +247,7 @@ RECIPE = (
     "BETA2=.99", "MATRIX_OPTIMIZER=normuon", "WEIGHT_QUANT=none", "UNET=0", "RESID_MIX=0", "Z_LOSS=0", "ROPE_TYPE=rope",
     "SOFTCAP_TYPE=tanh", f"{WIDE} WARMDOWN_FRACTION=.6 QK_GAIN_INIT=4 BETA2=.99 MUON_WD=.0025",
     f"{WIDE} WARMDOWN_FRACTION=.6 MUON_WD=.0025", f"{WIDE} WARMDOWN_FRACTION=.6 MUON_WD=.0025 SMEAR_GATE=1",
+    f"{WIDE} WARMDOWN_FRACTION=.6 MUON_WD=.0025 SMEAR_GATE=1 KEY_OFFSET=1",
 )  # fmt: skip
 
 

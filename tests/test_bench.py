@@ -181,7 +181,7 @@ def old_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 def measured(data_dir, old_checkout, tmp_path_factory) -> tuple[str, dict]:
     """One run of everything: (what it prints, its JSON)."""
     folder = tmp_path_factory.mktemp("bench")
-    own = {"ARTIFACT_CODEC": "auto", "FP_STORAGE": "FP8", "SMEAR_GATE": "0"}  # what the older checkout knows and has as its default
+    own = {"ARTIFACT_CODEC": "auto", "FP_STORAGE": "FP8", "SMEAR_GATE": "0", "KEY_OFFSET": "0"}  # what the older checkout knows and has as its default
     env = TINY | own | {"NUM_LAYERS": "2", "DATA_PATH": str(data_dir), "TOKENIZER_PATH": str(data_dir / "tokenizer.model")}
     argv = [str(ROOT / "bench" / "step.py"), "--with", "MLP_MULT=3", "SEED=8", "--with", "MODEL_DIM=63", "--json", "bench.json"]
     argv += ["--against", str(old_checkout)] if old_checkout else []

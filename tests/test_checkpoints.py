@@ -203,16 +203,18 @@ def test_a_forged_checkpoint_is_one_error(data_dir, tmp_path):
 
 
 def test_a_checkpoint_from_before_a_setting_means_that_it_is_off(data_dir, tmp_path):
-    cfg = config(data_dir, tmp_path, smear_gate=0)
+    cfg = config(data_dir, tmp_path, smear_gate=0, key_offset=0)
     expected, _ = trained(dataclasses.replace(cfg, checkpoint_every="0"))
     with pytest.raises(Killed):
         trained(cfg, killed_at=4)
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
     header, tensors = read_checkpoint(path)
-    same = {name: value for name, value in header["same"].items() if name != "SMEAR_GATE"}
+    same = {name: value for name, value in header["same"].items() if name not in ("SMEAR_GATE", "KEY_OFFSET")}
     path.write_bytes(b"".join(train_gpt.checkpoint_chunks(header | {"same": same}, tensors)))
     with pytest.raises(UserError, match="RESUME='1': SMEAR_GATE=True, but the checkpoint has False"):
         trained(dataclasses.replace(cfg, resume="1", smear_gate=True))
+    with pytest.raises(UserError, match="RESUME='1': KEY_OFFSET=True, but the checkpoint has False"):
+        trained(dataclasses.replace(cfg, resume="1", key_offset=True))
     assert trained(dataclasses.replace(cfg, resume="1"))[0] == expected
 
 

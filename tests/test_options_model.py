@@ -56,6 +56,7 @@ OPTIONS = [
     {"activation": "gelu", "smear": 1},
     {"bigram_hash": 1},
     {"smear_gate": 0},
+    {"key_offset": 0},
     {"smear_gate": 0, "bigram_hash": 1},
     {"bigram_hash": 1, "embed_dim": 0, "smear": 1},
     {"refiner": 1, "refiner_kernel": 2},
@@ -169,6 +170,8 @@ def block_written_out(block, x, x0, norms):
     q, k, v = product(a.qkv, first(rms_norm(x))).unflatten(-1, (-1, 16)).split((4, 2, 2), dim=2)
     q, k = (rotate(rms_norm(t), *a.rotary(32)) for t in (q, k))
     q = q * as_stored(a.q_gain)[:, None]
+    for old in (slice(4, 8), slice(12, 16)):  # the slow half of the pairs (i, i + 8)
+        k[:, 1:, :, old] = k[:, :-1, :, old].clone()
     x = x + attn_scale * product(a.out, last(train_gpt.attend(q, k, v).flatten(2)))
     return x + mlp_scale * product(block.mlp.down, last(F.relu(product(block.mlp.up, first(rms_norm(x)))).square()))
 
@@ -257,7 +260,7 @@ def test_the_published_scales_are_among_the_settings():
 
 
 def test_xsa_takes_out_the_own_value_of_each_group_in_the_last_blocks():
-    model = tiny_model(xsa_last_n=2)
+    model = tiny_model(xsa_last_n=2, key_offset=0)
     kinds = [type(block.attention) is Attention for block in model.blocks]
     assert kinds == [True, False, False]
     torch.manual_seed(0)
@@ -272,7 +275,7 @@ def test_xsa_takes_out_the_own_value_of_each_group_in_the_last_blocks():
 
 
 def test_differential_attention_written_out():
-    attention = tiny_model(diff_attn=1).blocks[0].attention
+    attention = tiny_model(diff_attn=1, key_offset=0).blocks[0].attention
     q, k, v = torch.randn(2, 9, 4, 16).double(), torch.randn(2, 9, 2, 16).double(), torch.randn(2, 9, 2, 16).double()
     out = attention.mix(q, k, v)
     for head in range(4):
@@ -330,7 +333,7 @@ def test_position_decides_where_order_comes_from():
     x = torch.tensor([[5, 9, 2, 7, 1, 3]])
     shuffled = x[:, [3, 0, 4, 2, 1, 5]]
     for position, same in (("none", True), ("rope", False), ("radial", False)):
-        model = tiny_model(position=position, num_layers=1, smear_gate=0)
+        model = tiny_model(position=position, num_layers=1, smear_gate=0, key_offset=0)
         assert torch.allclose(model.hidden(x)[:, -1], model.hidden(shuffled)[:, -1], atol=1e-5) == same, position
 
 
@@ -476,6 +479,29 @@ def test_a_smeared_row_is_its_own_and_a_gated_share_of_the_one_before(embed_dim)
         gate = sum(as_stored(table.smearing.gate)[c].double() * n[b, t, c] for c in range(min(12, embed_dim)))
         expected[b, t] += 0.75 / (1 + (-gate).exp()) * n[b, t - 1]
     torch.testing.assert_close(table.rows(idx, torch.float32).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "kept"), [(16, 4), (6, 2), (2, 1)])  # of a half's channels; of an odd number the larger part
+def test_the_slow_channels_of_a_key_are_those_of_the_position_before(head_dim, kept):
+    k, half = torch.randn(2, 9, 3, head_dim), head_dim // 2
+    done = train_gpt.OffsetKeys.offset(k)
+    for t, c in itertools.product(range(9), range(head_dim)):
+        assert torch.equal(done[:, t, :, c], k[:, t if c % half < kept else max(0, t - 1), :, c])
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_window": 8}, {"diff_attn": 1}, {"xsa_last_n": 1}], ids=str)
+def test_offset_keys_reach_attention_whatever_mixes_them(options):
+    """The output is that of the model without, whose attention is handed the keys moved by hand."""
+    model, plain = tiny_model(num_layers=1, **options), tiny_model(num_layers=1, key_offset=0, **options)  # the same weights
+    x, mix = tokens(model), plain.blocks[0].attention.mix
+
+    def mix_moved(q, k, v):
+        kept = torch.arange(k.size(-1)) % (k.size(-1) // 2) < k.size(-1) // 4
+        return mix(q, torch.where(kept, k, k[:, [0, *range(k.size(1) - 1)]]), v)
+
+    unmoved, plain.blocks[0].attention.mix = plain(x[:, :-1], x[:, 1:]), mix_moved
+    torch.testing.assert_close(model(x[:, :-1], x[:, 1:]), plain(x[:, :-1], x[:, 1:]), rtol=1e-5, atol=1e-5)
+    assert (plain(x[:, :-1], x[:, 1:]) - unmoved).abs().max() > 1e-3
 
 
 def test_refiner_is_a_causal_convolution():

@@ -42,7 +42,7 @@ def test_presets_mean_what_they_did_before_the_defaults_changed():
     """tests/data/presets.json: every setting of the defaults and of each preset when the defaults were #640's recipe."""
     kept = json.loads((ROOT / "tests/data/presets.json").read_text())
     assert kept.keys() == {"default", *PRESETS}
-    changed = {"EMBED_DIM", "FP_STORAGE", "WARMDOWN_FRACTION", "MUON_WD", "SMEAR_GATE"}
+    changed = {"EMBED_DIM", "FP_STORAGE", "WARMDOWN_FRACTION", "MUON_WD", "SMEAR_GATE", "KEY_OFFSET"}
     for preset in kept.keys() - {"default"}:
         cfg = config_of(preset)
         unused = {"WARMDOWN_FRACTION"} if cfg.warmdown_iters else set()

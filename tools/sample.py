@@ -87,6 +87,8 @@ class Context:
         for module in self.model.modules():
             if isinstance(module, (train_gpt.BigramTable, train_gpt.SmearGated)):
                 self.teach(module, "rows", partial(self.rows, type(module).rows, module))
+            elif isinstance(module, train_gpt.OffsetKeys):
+                self.teach(module, "offset", partial(self.offset, module.offset))
             elif isinstance(module, train_gpt.Smear):
                 self.teach(module, "forward", partial(self.smear, module))
             elif isinstance(module, train_gpt.Refiner):
@@ -139,6 +141,11 @@ class Context:
 
         before = idx.new_tensor([self.ids[-2:]])
         return plain(table, torch.cat((before, idx), dim=1), dtype)[:, before.size(1) :]
+
+    def offset(self, plain, k):
+        """`OffsetKeys.offset` of the new positions' keys behind the last old one's."""
+        new = k.size(1)
+        return plain(self.extended(self.key(), k)[:, -new - 1 :])[:, -new:]
 
     def smear(self, module, x):
         """`Smear.forward` with the sum of all positions so far."""

@@ -128,6 +128,9 @@ class TernaryGPTForCausalLM(PreTrainedModel, GenerationMixin):
         qkv = qkv.unflatten(-1, (-1, s["model_dim"] // s["num_heads"]))
         q, k, v = qkv.split((s["num_heads"], s["num_kv_heads"], s["num_kv_heads"]), dim=2)
         q, k = self.rotated(rms_norm(q)) * self.get_parameter(name + "q_gain")[:, None], self.rotated(rms_norm(k))
+        if s["key_offset"]:  # the upper channels of each half are those of the position before
+            half, before = k.size(-1) // 2, torch.cat((k[:, :1], k[:, :-1]), 1)
+            k = torch.where(torch.arange(2 * half, device=k.device) % half < (half + 1) // 2, k, before)
         if s["diff_attn"]:
             a, b = (self.attend(*half) for half in zip(*(t.chunk(2, dim=-1) for t in (q, k, v)), strict=True))
             y = torch.cat((a - 0.5 * b, a + 0.5 * b), dim=-1)
