@@ -42,9 +42,11 @@ def test_the_committed_runs_are_listed(capsys):
             assert f" {text} " in rows[path.stem]
         assert rows[path.stem].endswith("1 x CPU process of 2 threads")
     assert {"R001_demo", "R014_demo"} <= rows.keys() and "R011_systems" not in rows
-    before = "\n    preset demo SMEAR_GATE=0"  # a preset that has changed since
-    assert out.count("\n    preset demo\n") >= 3 and out.count(f"{before}\n") >= 3 and out.count(f"{before} EMBED_INIT=random\n") >= 3
-    assert out.count(f"{before} TRAIN_LOG_EVERY=50 EMBED_INIT=random\n") >= 2
+    smeared, windows = "\n    preset demo KEY_OFFSET=0", "TRAIN_SEQ_LEN=256 SLIDING_EVAL_STRIDE=64"  # a preset that has changed since
+    before = smeared.replace("KEY", "SMEAR_GATE=0 KEY")
+    assert out.count("\n    preset demo\n") >= 3 and out.count(f"{smeared} {windows}\n") >= 3
+    assert out.count(f"{before} {windows}\n") >= 3 and out.count(f"{before} {windows} EMBED_INIT=random\n") >= 3
+    assert out.count(f"{before} {windows.replace(' ', ' TRAIN_LOG_EVERY=50 ')} EMBED_INIT=random\n") >= 2
     assert re.fullmatch(r"runs.py: \d+ other files in .*logs: not the log of one run\n", err)
 
 

@@ -245,13 +245,13 @@ def test_table_says_over_budget(tmp_path, capsys):
 
 
 def test_table_says_the_noise_of_a_demo_on_a_cpu_and_where_the_artifact_lies(tmp_path, capsys):
-    logs = [run_logs.read_run(ROOT / f"logs/R030_demo_seed{seed}.txt") for seed in (42, 7, 1337)]
+    logs = [run_logs.read_run(ROOT / f"logs/R032_demo512_seed{seed}.txt") for seed in (42, 7, 1337)]
     spread = [run.result["val_bpb"] for run in logs]
     assert f"{max(spread) - min(spread):.3f}" == f"{demo_table.SEEDS_APART:.3f}"
     (tmp_path / "result").write_text(f"result {json.dumps(RESULT | {'device': 'cpu', 'val_bytes': 400_000})}\n")
     assert demo_table.main([str(tmp_path / "result"), "--artifact", "data/x/m.ptz"]) == 0
     shown = capsys.readouterr()
-    assert re.search(r"^noise of these +three seeds lay 0\.106 apart \(RESULTS\.md R030\) on 615,808 bytes .*400,000$", shown.out, re.M)
+    assert re.search(r"^noise of these +three seeds lay 0\.015 apart \(RESULTS\.md R032\) on 615,808 bytes .*400,000$", shown.out, re.M)
     assert re.search(r"^artifact's file +data/x/m\.ptz$", shown.out, re.M) and shown.err == ""
 
 
