@@ -52,7 +52,7 @@ def test_proxies_have_their_size_length_and_scores():
         assert (control["VAL_MAX_TOKENS"], control["SLIDING_EVAL"], control["TEMP_SCALING"]) == ("500000", "0", "0")
         name = f"EMBED_DIM={wide} FP_STORAGE=INT5"
         assert found[name] == control | {"EMBED_DIM": wide, "FP_STORAGE": "INT5"}
-        assert len(found) == 18 and any(arm.startswith(f"{name} WARMDOWN_FRACTION=.6 ") for arm in found)
+        assert len(found) == 19 and any(arm.startswith(f"{name} WARMDOWN_FRACTION=.6 ") for arm in found)
         sliding = settings_of(f"recipe --proxy {proxy} --sliding")["control"]
         assert sliding == control | {"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "256"}
         assert settings_of(f"recipe --proxy {proxy} --whole")["control"] == control | {"VAL_MAX_TOKENS": "0"}
