@@ -1156,31 +1156,23 @@ class Attention(Part):
         """(B, T, D) -> (B, T, D); with `tail` only the last `tail` positions attend: (B, tail, D)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + K + K, C)
         q, k, v = self.ops.qk_norm_rope(qkv, as_stored(self.q_gain), *self.rotary(x.size(1)))
-        return self.out(self.mix(q[:, -tail:], k, v).flatten(2))
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
-        return self.ops.attend(q, k, v)
-
-class OffsetKeys:
-    """Keys whose slowly turning channels, the upper half of the pairs, are those of the position before.
-
-    What a query finds by them is the position after the one that it asked for, so one layer, not two, finds what
-    followed an earlier occurrence of the present token. modded-nanogpt's, there in the layers with long windows.
-    """
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().mix(q, self.offset(k), v)
+        return self.out(self.mix(q[:, -tail:], self.offset(k), v).flatten(2))
 
     @staticmethod
     def offset(k: Tensor) -> Tensor:
-        """(B, T, K, C) -> (B, T, K, C); the first position, which has none before it, keeps its own."""
+        """(B, T, K, C) -> (B, T, K, C): slowly turning channels, the upper half of the pairs, are those of the position
+        before; the first keeps its own.
+
+        What a query finds by them is the position after the one that it asked for, so one layer, not two, finds what
+        followed an earlier occurrence of the present token. modded-nanogpt's, there in the layers with long windows.
+        """
         pairs = k.size(-1) // 2
         slow = torch.arange(2 * pairs, device=k.device) % pairs >= (pairs + 1) // 2
         return torch.where(slow, torch.cat((k[:, :1], k[:, :-1]), 1), k)
 
-class OffsetAttention(OffsetKeys, Attention):
-    """The default's."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention: (B, T, H | K | K, C) -> (B, T, H, C)."""
+        return self.ops.attend(q, k, v)
 
 class MLP(Part):
     inputs = 1  # input channels of the activation for each of its outputs
@@ -1251,7 +1243,7 @@ class Parts(NamedTuple):
     qkv: Callable = TernaryLinear  # the same, for queries, keys and values
     output: Callable = NormedLinear  # the same, for the last matrix of an MLP, and of attention:
     attention_output: Callable = NormedLinear
-    attention: Callable = OffsetAttention  # (cfg, parts)
+    attention: Callable = Attention  # (cfg, parts)
     rotary: Callable = Rotary  # (cfg)
     mlp: Callable = MLP  # (cfg, parts, width, hidden width)
     block: Callable = Block  # (cfg, parts)
@@ -4087,10 +4079,10 @@ def choose_parts(cfg: Config) -> Parts:
         own = 0 if cfg.tversky_feature_pools else cfg.tversky_num_features
         tversky = joined(Tversky, *[InputNormed] * (cfg.input_norm == "outputs"))
         p = p._replace(attention_output=lambda _, out_dim, cfg, std: tversky(cfg, out_dim, own))  # noqa: ARG005
-    mixes = [OffsetKeys] * cfg.key_offset + [DifferentialMix] * cfg.diff_attn + [Banded] * (cfg.attention_window > 0)
-    attention = OffsetAttention if mixes == [OffsetKeys] else joined(Attention, *mixes)
+    attention = [OwnKeys] * (not cfg.key_offset) + [DifferentialMix] * cfg.diff_attn
+    attention += [Banded] * (cfg.attention_window > 0)
     rotary = NTKRotary if cfg.ntk_rope else Rotary if cfg.position == "rope" else NoRotary
-    p = p._replace(attention=attention, rotary=rotary, block=block_kind(cfg))
+    p = p._replace(attention=joined(Attention, *attention), rotary=rotary, block=block_kind(cfg))
     if cfg.num_unique_layers or cfg.xsa_last_n or cfg.attention_free_layers or cfg.tversky_feature_pools:
         p = p._replace(blocks=build_layers)
     if cfg.num_unique_layers or cfg.training_depth_recurrence or cfg.eval_depth_recurrence or not cfg.unet:
@@ -5316,6 +5308,13 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     blocks = [t.unfold(1, 2 * window, window).movedim(-1, 2).flatten(0, 1) for t in (k, v)]
     others = attend(q[:, window:].unflatten(1, (-1, window)).flatten(0, 1), *blocks, mask)
     return torch.cat((first, others.view(batch, -1, *first.shape[2:])), dim=1)
+
+class OwnKeys:
+    """KEY_OFFSET=0: every channel of a key is its own position's."""
+
+    @staticmethod
+    def offset(k: Tensor) -> Tensor:
+        return k
 
 class DifferentialMix:
     """#640's: two attentions on halves of every head, their difference and their sum side by side. Not the published

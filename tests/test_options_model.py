@@ -260,7 +260,7 @@ def test_the_published_scales_are_among_the_settings():
 
 
 def test_xsa_takes_out_the_own_value_of_each_group_in_the_last_blocks():
-    model = tiny_model(xsa_last_n=2, key_offset=0)
+    model = tiny_model(xsa_last_n=2)
     kinds = [type(block.attention) is Attention for block in model.blocks]
     assert kinds == [True, False, False]
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_xsa_takes_out_the_own_value_of_each_group_in_the_last_blocks():
 
 
 def test_differential_attention_written_out():
-    attention = tiny_model(diff_attn=1, key_offset=0).blocks[0].attention
+    attention = tiny_model(diff_attn=1).blocks[0].attention
     q, k, v = torch.randn(2, 9, 4, 16).double(), torch.randn(2, 9, 2, 16).double(), torch.randn(2, 9, 2, 16).double()
     out = attention.mix(q, k, v)
     for head in range(4):
@@ -484,7 +484,7 @@ def test_a_smeared_row_is_its_own_and_a_gated_share_of_the_one_before(embed_dim)
 @pytest.mark.parametrize(("head_dim", "kept"), [(16, 4), (6, 2), (2, 1)])  # of a half's channels; of an odd number the larger part
 def test_the_slow_channels_of_a_key_are_those_of_the_position_before(head_dim, kept):
     k, half = torch.randn(2, 9, 3, head_dim), head_dim // 2
-    done = train_gpt.OffsetKeys.offset(k)
+    done = Attention.offset(k)
     for t, c in itertools.product(range(9), range(head_dim)):
         assert torch.equal(done[:, t, :, c], k[:, t if c % half < kept else max(0, t - 1), :, c])
 

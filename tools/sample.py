@@ -87,7 +87,7 @@ class Context:
         for module in self.model.modules():
             if isinstance(module, (train_gpt.BigramTable, train_gpt.SmearGated)):
                 self.teach(module, "rows", partial(self.rows, type(module).rows, module))
-            elif isinstance(module, train_gpt.OffsetKeys):
+            elif isinstance(module, train_gpt.Attention):
                 self.teach(module, "offset", partial(self.offset, module.offset))
             elif isinstance(module, train_gpt.Smear):
                 self.teach(module, "forward", partial(self.smear, module))
@@ -143,7 +143,7 @@ class Context:
         return plain(table, torch.cat((before, idx), dim=1), dtype)[:, before.size(1) :]
 
     def offset(self, plain, k):
-        """`OffsetKeys.offset` of the new positions' keys behind the last old one's."""
+        """`Attention.offset` of the new positions' keys behind the last old one's."""
         new = k.size(1)
         return plain(self.extended(self.key(), k)[:, -new - 1 :])[:, -new:]
 
